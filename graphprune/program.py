@@ -1,0 +1,150 @@
+"""A traced model as plain data: values, the nodes that compute them, and where each came from.
+
+Nothing here is specific to a tracer: a front end fills these records, everything after it reads only them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+Kind = Literal["parameter", "buffer", "constant", "input", "node"]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Value:
+    """One tensor of the program.
+
+    Attributes:
+        name: unique in the program.
+        shape: sizes at the example inputs.
+        dtype: element type.
+        kind: where it comes from; "constant" is a tensor the model's code made or kept outside its state.
+        target: fully qualified name for parameters and buffers (and constants kept as attributes),
+            the argument's name for inputs, empty for computed values.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    kind: Kind
+    target: str = ""
+
+    def __repr__(self) -> str:
+        return f"%{self.name}{list(self.shape)}"
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class SymbolicInt:
+    """An int that depends on the batch size; `hint` is its value at the example inputs."""
+
+    name: str
+    hint: int
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Node:
+    """One op call.
+
+    Attributes:
+        name: unique in the program.
+        op: the ATen name without namespace and overload, such as "conv2d" or "relu_".
+        arguments: every argument by its schema name, defaults filled in; tensors are `Value`s.
+        tensors: names of the arguments that are operands, in schema order: single tensors, and numbers in their place.
+        outputs: the values it computes.
+        module: path of the innermost module whose forward made the call ("" is the model itself).
+        stack: the Python stack of the call, innermost last, as the tracer recorded it.
+    """
+
+    name: str
+    op: str
+    arguments: Mapping[str, Any]
+    tensors: tuple[str, ...]
+    outputs: tuple[Value, ...]
+    module: str
+    stack: str = field(repr=False, default="")
+
+    @property
+    def operands(self) -> tuple[Value | None, ...]:
+        """The operands in schema order; None where one is absent or a Python number."""
+        found = (self.arguments.get(name) for name in self.tensors)
+        return tuple(v if isinstance(v, Value) else None for v in found)
+
+    @property
+    def source(self) -> str:
+        """The user's line behind this call, as `file.py:12`; empty where the tracer recorded none."""
+        return _user_frame(self.stack)[0]
+
+    @property
+    def code(self) -> str:
+        """The text of that line."""
+        return _user_frame(self.stack)[1]
+
+    def __str__(self) -> str:
+        """Op, module path and source line, for messages."""
+        source = f" ({self.source})" if self.source else ""
+        return f"{self.op} in {self.module or 'the model itself'}{source}"
+
+    def values(self) -> Iterator[Value]:
+        """Every tensor among the arguments, lists included, in schema order."""
+        for argument in self.arguments.values():
+            if isinstance(argument, Value):
+                yield argument
+            elif isinstance(argument, (tuple, list)):
+                yield from (a for a in argument if isinstance(a, Value))
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A traced model.
+
+    Attributes:
+        model_class: name of the traced class.
+        state: parameters, buffers and constants, each tensor once, in registration order.
+        aliases: further fully qualified names of a state tensor, to the name it has in `state` (tied weights).
+        inputs, outputs: the model's tensors in and out, flattened in order.
+        nodes: op calls in execution order.
+        unused: parameters and buffers that no node reads.
+        dynamic_batch: whether the batch size was left open.
+        source: what the front end keeps for the rewriter; opaque to everybody else.
+    """
+
+    model_class: str
+    state: tuple[Value, ...]
+    aliases: Mapping[str, str]
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    nodes: tuple[Node, ...]
+    unused: tuple[str, ...]
+    dynamic_batch: bool
+    source: Any = field(repr=False, default=None)
+
+    @property
+    def parameters(self) -> tuple[Value, ...]:
+        """The state tensors that are parameters."""
+        return tuple(v for v in self.state if v.kind == "parameter")
+
+    def names(self) -> list[str]:
+        """Every fully qualified name of the state, aliases included."""
+        return [v.target for v in self.state if v.target] + list(self.aliases)
+
+    def __str__(self) -> str:
+        count = len(self.parameters)
+        return f"Program of {self.model_class}: {len(self.nodes)} nodes, {count} parameters"
+
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in \S+\n\s*([^\n]*)')
+_LIBRARY = ("/torch/nn/", "/torch/_", "/torch/utils/", "/torch/export/", "/torch/fx/", "/torch/functional.py")
+
+
+def _user_frame(stack: str) -> tuple[str, str]:
+    """The innermost frame outside torch, as (`file.py:12`, its code)."""
+    frames = _FRAME.findall(stack)
+    for path, line, code in reversed(frames):
+        if not any(part in path for part in _LIBRARY):
+            return f"{path.rsplit('/', 1)[-1]}:{line}", code.strip()
+    return "", ""

@@ -1,0 +1,34 @@
+"""What each op means for axes: a table from op names to rules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from graphprune.rules.call import Applied, Call, Dims, Fixed, Literal, Replacement, Rule
+from graphprune.rules.contract import CONTRACT
+from graphprune.rules.index import INDEX
+from graphprune.rules.norm import NORM
+from graphprune.rules.pointwise import POINTWISE
+from graphprune.rules.reduce import REDUCE
+from graphprune.rules.registry import find, function, op, table
+from graphprune.rules.shape import SHAPE
+from graphprune.rules.space import SPACE
+
+RULES: Mapping[str, Rule] = MappingProxyType(table(CONTRACT, POINTWISE, NORM, REDUCE, SHAPE, SPACE, INDEX))
+"""Every rule of the library; extend it with `RULES | op(...)`."""
+
+__all__ = [
+    "RULES",
+    "Applied",
+    "Call",
+    "Dims",
+    "Fixed",
+    "Literal",
+    "Replacement",
+    "Rule",
+    "find",
+    "function",
+    "op",
+    "table",
+]

@@ -1,0 +1,118 @@
+"""Ops that multiply and sum: convolutions, linear layers, matrix products, attention, embeddings of any kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from graphprune.errors import RuleError
+from graphprune.rules.call import Call, Dims
+from graphprune.rules.registry import function, op, table
+from graphprune.rules.text import rule
+
+
+def _conv(space: str, taps: str, out: str) -> dict[str, str]:
+    """Pattern texts of convolutions with these spatial letters."""
+
+    def marked(letters: str) -> str:
+        return " ".join(f"{letter}!" for letter in letters.split())
+
+    return {
+        "text": f"*b (g i) {marked(space)}, (g o) i {marked(taps)}, (g o)? -> *b (g o) {marked(out)}",
+        "macs": f"*b g i o {taps} {out}",
+    }
+
+
+def _transposed(space: str, taps: str, out: str) -> dict[str, str]:
+    plain = _conv(space, taps, out)
+    return {
+        "text": plain["text"].replace("(g o) i", "(g i) o"),
+        "macs": f"*b g i o {taps} {space}",
+    }
+
+
+_SPACES = {1: ("x", "u", "p"), 2: ("x y", "u v", "p q"), 3: ("x y z", "u v w", "p q r")}
+
+_MATMUL = {
+    (1, 1): rule("k, k -> ", macs="k", zero="a*b"),
+    (1, 2): rule("k, *b k n -> *b n", macs="*b k n", zero="a*b"),
+    (2, 1): rule("*b m k, k -> *b m", macs="*b m k", zero="a*b"),
+    (2, 2): rule("*b m k, *b k n -> *b m n", macs="*b m k n", zero="a*b"),
+}
+
+_ATTENTION = {
+    "zero": "c",
+    "summand": "a*b",
+    "fixed": {"scale": ("e", lambda size: size**-0.5)},
+}
+_SDPA = rule(
+    "*b l! e, *b s! e, *b s! f, *b l! s!? -> *b l! f", macs="*b l s e + *b l s f", **_ATTENTION
+)
+_GROUPED_QUERY = rule(
+    "*b (h r) l! e, *b h s! e, *b h s! f, *b (h r) l! s!? -> *b (h r) l! f",
+    macs="*b h r l s e + *b h r l s f",
+    **_ATTENTION,
+)
+
+
+@function("matmul")
+def matmul(call: Call) -> Sequence[Dims]:
+    """A matrix product; which one depends on the ranks."""
+    left, right = (len(call.dims(v)) for v in call.node.values())
+    return _MATMUL[min(left, 2), min(right, 2)](call)
+
+
+@function("scaled_dot_product_attention")
+def attention(call: Call) -> Sequence[Dims]:
+    """Attention; with `enable_gqa` each key/value head serves a run of query heads."""
+    query, key, *_ = call.node.values()
+    heads, kept = query.shape[-3] if len(query.shape) > 3 else 1, key.shape[-3] if len(key.shape) > 3 else 1
+    if call["enable_gqa"] and heads != kept:
+        return _GROUPED_QUERY(call, h=kept)
+    return _SDPA(call)
+
+
+@function("einsum")
+def einsum(call: Call) -> Sequence[Dims]:
+    """The equation of an einsum is a rule."""
+    equation = str(call["equation"]).replace(" ", "")
+    if "->" not in equation:
+        letters = sorted({c for c in equation if c.isalpha() and equation.count(c) == 1})
+        equation += "->" + ("..." if "..." in equation else "") + "".join(letters)
+    left, right = equation.split("->")
+    names = {c: c if c.islower() else f"{c.lower()}0" for c in equation if c.isalpha()}
+
+    def spell(part: str) -> str:
+        return " ".join("*dots" if c == "." else names[c] for c in part.replace("...", "."))
+
+    operands = [spell(part) for part in left.split(",")]
+    product = "*".join(chr(ord("a") + i) for i in range(len(operands)))
+    letters = dict.fromkeys(" ".join(operands).split())
+    text = f"{', '.join(operands)} -> {spell(right)}"
+    return rule(text, macs=" ".join(letters) if len(operands) > 1 else "", zero=product, checked=False)(call)
+
+
+@function("convolution")
+def convolution(call: Call) -> Sequence[Dims]:
+    """The general form that other front ends may leave in a graph."""
+    spaces = len(call.dims(call["weight"])) - 2
+    if spaces not in _SPACES:
+        raise RuleError(f"convolution over {spaces} spatial dims has no rule")
+    pattern = (_transposed if call["transposed"] else _conv)(*_SPACES[spaces])
+    return rule(pattern["text"], macs=pattern["macs"], zero="a*b + c", g="groups")(call)
+
+
+CONTRACT = table(
+    *(op(f"conv{n}d", **_conv(*letters), zero="a*b + c", g="groups") for n, letters in _SPACES.items()),
+    *(op(f"conv_transpose{n}d", **_transposed(*letters), zero="a*b + c", g="groups") for n, letters in _SPACES.items()),
+    op("linear", "*b i, o i, o? -> *b o", macs="*b i o", zero="a*b + c"),
+    op("bilinear", "*b i, *b j, o i j, o? -> *b o", macs="*b i j o", zero="a*b*c + d"),
+    op("mm", "m k, k n -> m n", macs="m k n", zero="a*b"),
+    op("bmm", "b m k, b k n -> b m n", macs="b m k n", zero="a*b"),
+    op("mv", "m k, k -> m", macs="m k", zero="a*b"),
+    op("dot vdot", "k, k -> ", macs="k", zero="a*b"),
+    op("outer ger", "m, n -> m n", zero="a*b"),
+    op("addmm", "*s, m k, k n -> m n", macs="m k n", zero="a + b*c", checked=False),
+    op("baddbmm", "*s, b m k, b k n -> b m n", macs="b m k n", zero="a + b*c", checked=False),
+    op("embedding", "v! d, *i -> *i d", zero="a"),
+    module=globals(),
+)

@@ -1,0 +1,40 @@
+"""Pooling, interpolation and patches: channels pass through, positions in space stay whole."""
+
+from __future__ import annotations
+
+from graphprune.rules.registry import op, table
+
+_IN = {1: "x!", 2: "x! y!", 3: "x! y! z!"}
+_OUT = {1: "u!", 2: "u! v!", 3: "u! v! w!"}
+
+
+def _ops(names: str, n: int) -> str:
+    return " ".join(name.format(n=n) for name in names.split())
+
+
+_POOL = "max_pool{n}d avg_pool{n}d adaptive_avg_pool{n}d lp_pool{n}d reflection_pad{n}d replication_pad{n}d"
+_POOL_WITH_INDEX = "adaptive_max_pool{n}d max_pool{n}d_with_indices fractional_max_pool{n}d"
+_RESIZE = {1: "linear", 2: "bilinear bicubic", 3: "trilinear"}
+
+
+def _resize(n: int) -> str:
+    smooth = [f"{kind}{n}d" for kind in _RESIZE[n].split()]
+    nearest = [f"nearest{n}d", f"nearest_exact{n}d"]
+    return " ".join(
+        [f"upsample_{k}" for k in (*smooth, nearest[0])]
+        + [f"_upsample_{k}_aa" for k in smooth]
+        + [f"_upsample_{nearest[1]}"]
+    )
+
+
+SPACE = table(
+    *(op(_ops(_POOL, n), f"*b {_IN[n]} -> *b {_OUT[n]}", zero="a") for n in _IN),
+    *(op(_ops(_POOL_WITH_INDEX, n), f"*b {_IN[n]} -> *b {_OUT[n]}, *b {_OUT[n]}", zero="a") for n in _IN),
+    *(op(_resize(n), f"*b {_IN[n]} -> *b {_OUT[n]}", zero="a") for n in _IN),
+    op("grid_sampler", "b c *x!, b *u! k! -> b c *u!", zero="a"),
+    op("pixel_shuffle", "*b (c r! s!) x! y! -> *b c u! v!", r="upscale_factor", s="upscale_factor", zero="a"),
+    op("pixel_unshuffle", "*b c x! y! -> *b (c r! s!) u! v!", r="downscale_factor", s="downscale_factor", zero="a"),
+    op("channel_shuffle native_channel_shuffle", "b (g c) *s -> b (c g) *s", g="groups", zero="a"),
+    op("im2col", "*b c x! y! -> *b (c k!) l!", zero="a"),
+    op("col2im", "*b (c k!) l! -> *b c x! y!", zero="a"),
+)
