@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -89,6 +89,7 @@ class Coupling:
         dims: axes of every value.
         axes: the solved equations.
         atoms: per group name, the atom it is.
+        again: couples another program of the same model with the same options.
     """
 
     program: Program
@@ -99,6 +100,7 @@ class Coupling:
     dims: Mapping[Value, Dims] = field(repr=False)
     axes: Axes = field(repr=False)
     atoms: Mapping[str, Atom] = field(repr=False)
+    again: Callable[[Program], Coupling] = field(repr=False)
 
     def group(self, name: str) -> Group:
         """The group called `name`.
@@ -135,14 +137,17 @@ class Coupling:
 
     @functools.cached_property
     def graph(self) -> nx.Graph:
-        """Slots (value name, dim) joined by the ops that make them one index set; edges carry their `node`."""
+        """Slots (value name, dim) joined by the ops that make them one index set; edges carry their `node`.
+
+        Of the slots that one op ties, each is joined to the first.
+        """
         graph = nx.Graph()
         for applied in self.applied.values():
             slots = [*operand_values(applied.node), *applied.node.outputs]
             for tie in _ties(applied, self.axes):
                 named = [(slots[i], d) for i, d in tie if i < len(slots) and slots[i] is not None]
-                for (a, da), (b, db) in zip(named, named[1:], strict=False):
-                    graph.add_edge((_label(a), da), (_label(b), db), node=applied.node)
+                for b, db in named[1:]:
+                    graph.add_edge((_label(named[0][0]), named[0][1]), (_label(b), db), node=applied.node)
         return graph
 
     def explain(self, a: str, b: str) -> str:
@@ -267,12 +272,14 @@ def couple(
         raise UnknownName(f"norms={norms!r}; it is 'pin' or 'prune'")
     if on_unknown not in ("pin", "error"):
         raise UnknownName(f"on_unknown={on_unknown!r}; it is 'pin' or 'error'")
+    keep_names = (keep_names,) if isinstance(keep_names, str) else tuple(keep_names)
     builder = _Builder(program, rules)
     builder.keep(keep_names)
     builder.apply()
     if builder.unknown and on_unknown == "error":
         raise UnsupportedOp(_unsupported(builder.unknown))
-    return builder.finish(norms)
+    again = functools.partial(couple, norms=norms, on_unknown=on_unknown, keep_names=keep_names, rules=rules)
+    return builder.finish(norms, again)
 
 
 class _Builder:
@@ -298,8 +305,6 @@ class _Builder:
 
     def keep(self, names: Iterable[str]) -> None:
         """Pin the widths of the parameters and modules named."""
-        if isinstance(names, str):
-            names = (names,)
         targets = {v.target: v for v in self.program.state if v.target}
         for name in names:
             name_here = self.program.aliases.get(name, name)
@@ -375,7 +380,7 @@ class _Builder:
             for out in node.outputs:
                 self.base[out] = operands[0]
 
-    def finish(self, norms: Literal["pin", "prune"]) -> Coupling:
+    def finish(self, norms: Literal["pin", "prune"], again: Callable[[Program], Coupling]) -> Coupling:
         """Settle the equations and read groups and pins off them."""
         renormalised: dict[Atom, Node] = {}
         if norms == "pin":
@@ -407,6 +412,7 @@ class _Builder:
             dims=self.dims,
             axes=self.axes,
             atoms=atoms,
+            again=again,
         )
 
     def _slots(self) -> dict[Atom, list[tuple[Value, int]]]:

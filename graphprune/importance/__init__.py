@@ -1,27 +1,7 @@
 """How much each channel matters: one small file per criterion, all behind one protocol."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Protocol, TypeAlias
-
-import torch
-from torch import nn
-
-from graphprune.coupling import Coupling
-
-Scores: TypeAlias = Mapping[str, torch.Tensor]
-"""Per group name, one score per channel, shape (size,); higher = keep."""
-
-
-class Importance(Protocol):
-    """Anything that scores the channels of every group."""
-
-    def __call__(self, model: nn.Module, coupling: Coupling) -> Scores:
-        """Score the channels of each group of `coupling`, reading the weights from `model`."""
-
-
-from graphprune.importance.magnitude import Magnitude  # noqa: E402
-from graphprune.importance.random import Random  # noqa: E402
+from graphprune.importance.magnitude import Magnitude
+from graphprune.importance.protocol import Importance, Scores
+from graphprune.importance.random import Random
 
 __all__ = ["Importance", "Magnitude", "Random", "Scores"]

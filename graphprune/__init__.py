@@ -1,0 +1,58 @@
+"""Structural pruning for any PyTorch module, proved equal to the original with the same channels zeroed."""
+
+from graphprune import importance
+from graphprune.allocate import Target, allocate
+from graphprune.coupling import Coupling, Group, couple
+from graphprune.errors import (
+    GraphpruneError,
+    InputError,
+    PlanError,
+    RewriteError,
+    RuleError,
+    TargetError,
+    TraceError,
+    UnknownName,
+    UnsupportedOp,
+    VerificationError,
+)
+from graphprune.plan import Plan
+from graphprune.program import Program
+from graphprune.pruning import Result, prune
+from graphprune.report import Report
+from graphprune.rewrite import rewrite
+from graphprune.rules import RULES, op
+from graphprune.trace import Inputs, trace
+from graphprune.verify import Verification, verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "RULES",
+    "Coupling",
+    "GraphpruneError",
+    "Group",
+    "InputError",
+    "Inputs",
+    "Plan",
+    "PlanError",
+    "Program",
+    "Report",
+    "Result",
+    "RewriteError",
+    "RuleError",
+    "Target",
+    "TargetError",
+    "TraceError",
+    "UnknownName",
+    "UnsupportedOp",
+    "Verification",
+    "VerificationError",
+    "allocate",
+    "couple",
+    "importance",
+    "op",
+    "prune",
+    "rewrite",
+    "trace",
+    "verify",
+]

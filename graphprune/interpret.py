@@ -1,0 +1,97 @@
+"""Runs a program node by node, so that others can watch values or stand in for single ops."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphprune.program import Node, Program
+from graphprune.trace import Inputs, nested_graph
+
+Watch = Callable[[Node, Any], None]
+"""Called with each node and its result."""
+StandIn = Callable[[Node, Any, tuple[Any, ...], Mapping[str, Any]], Any]
+"""Called with a node, the op it calls and the values of its arguments; returns the result, or None to run the op."""
+
+
+def interpret(
+    program: Program,
+    state: Mapping[str, torch.Tensor],
+    inputs: Inputs,
+    *,
+    watch: Watch | None = None,
+    stand_in: StandIn | None = None,
+) -> list[torch.Tensor]:
+    """Run `program` with this state.
+
+    Args:
+        program: from `trace`.
+        state: tensors by fully qualified name; constants that are not in it are taken from the trace.
+        inputs: arguments like the example inputs of the trace.
+        watch: called after each node.
+        stand_in: may replace the result of a node.
+    Returns:
+        The output tensors, flattened in order.
+    """
+    exported = program.source
+    given = iter(inputs.tensors())
+    operands: list[Any] = []
+    for spec in exported.graph_signature.input_specs:
+        if spec.kind.name == "USER_INPUT":
+            constant = not isinstance(spec.arg, torch.export.graph_signature.TensorArgument)
+            operands.append(getattr(spec.arg, "value", None) if constant else next(given))
+        else:
+            operands.append(state[spec.target] if spec.target in state else exported.constants[spec.target])
+    nodes = {node.name: node for node in program.nodes}
+    with torch.no_grad():
+        outputs = _Runner(exported.graph_module, nodes, "", watch, stand_in).run(*operands)
+    return [o for o in outputs if isinstance(o, torch.Tensor)]
+
+
+class _Runner(fx.Interpreter):
+    """Runs one graph; a nested graph runs in a runner of its own, under the context its wrapper asks for."""
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        nodes: Mapping[str, Node],
+        prefix: str,
+        watch: Watch | None,
+        stand_in: StandIn | None,
+    ) -> None:
+        super().__init__(module)
+        self.nodes, self.prefix, self.watch, self.stand_in = nodes, prefix, watch, stand_in
+        self.extra_traceback = False
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node, or what stands in for it."""
+        node = self.nodes.get(self.prefix + n.name)
+        if n.op != "call_function":
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if (inner := nested_graph(n.target, args)) is not None:
+            body, operands = inner
+            with _context(n.target, args):
+                runner = _Runner(body, self.nodes, f"{self.prefix}{n.name}.", self.watch, self.stand_in)
+                return runner.run(*operands)
+        result = None
+        if node is not None and self.stand_in is not None:
+            result = self.stand_in(node, n.target, args, kwargs)
+        if result is None:
+            result = super().run_node(n)
+        if node is not None and self.watch is not None:
+            self.watch(node, result)
+        return result
+
+
+def _context(target: Any, args: tuple[Any, ...]) -> Any:
+    """The context in which a wrapper runs its graph."""
+    name = getattr(target, "__name__", str(target))
+    if "autocast" in name:
+        device, dtype, enabled, cache = args[:4]
+        return torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache)
+    return contextlib.nullcontext()

@@ -1,0 +1,121 @@
+"""`prune`: the steps of the library in a row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from graphprune.allocate import Target, allocate
+from graphprune.coupling import Coupling, couple
+from graphprune.errors import PlanError, VerificationError
+from graphprune.importance import Importance, Magnitude
+from graphprune.plan import Plan
+from graphprune.report import Report, report
+from graphprune.rewrite import Emit, Rewritten, rewrite
+from graphprune.trace import Inputs, trace
+from graphprune.verify import Verification, matcher
+from graphprune.verify import verify as compare
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What `prune` returns.
+
+    Attributes:
+        model: the smaller module, in the train or eval mode of the original.
+        plan: which channels of which groups stayed.
+        coupling: the groups, and what was pinned.
+        report: requested and achieved, causes, verification; `print` it.
+    """
+
+    model: nn.Module
+    plan: Plan
+    coupling: Coupling
+    report: Report
+
+
+def prune(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    target: Target,
+    importance: Importance = Magnitude(),  # noqa: B008 - frozen
+    norms: Literal["pin", "prune"] = "pin",
+    emit: Emit = "auto",
+    verify: bool = True,
+    keep_names: Iterable[str] = (),
+    on_unknown: Literal["pin", "error"] = "pin",
+) -> Result:
+    """A smaller copy of `model`, proved equal to it with the removed channels zeroed.
+
+    Args:
+        model: any module; it is not modified.
+        example_inputs: a tensor, a tuple of positional arguments, a dict of keyword arguments, or an `Inputs`.
+        target: what fraction to keep, of the channels, the multiply-adds or the parameters.
+        importance: ranks the channels of each group.
+        norms: "pin" removes only what is exact; "prune" also removes channels that a normalisation takes statistics
+            over (transformer width), which changes what the kept channels see.
+        emit: "module" for the same class, "graph" for a graph module, "auto" for the first that verifies.
+        verify: compare the result with the zeroed original.
+        keep_names: parameters, buffers or modules whose widths must stay.
+        on_unknown: "pin" what an op without a rule touches, or raise an "error" that lists them all.
+    Raises:
+        InputError, TraceError: the model cannot be traced with these inputs.
+        UnknownName, UnsupportedOp, TargetError: an argument cannot be honoured.
+        PlanError: the model has no channels that may be removed.
+        RewriteError, VerificationError: no smaller module computes what it must.
+
+    Example:
+        >>> import torch, graphprune as gp
+        >>> net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 5))
+        >>> gp.prune(net, torch.randn(2, 3), target=gp.Target(channels=0.5)).model
+        Sequential(
+          (0): Linear(in_features=3, out_features=4, bias=True)
+          (1): ReLU()
+          (2): Linear(in_features=4, out_features=5, bias=True)
+        )
+    """
+    inputs = Inputs.of(example_inputs)
+    coupling = couple(trace(model, inputs), norms=norms, on_unknown=on_unknown, keep_names=keep_names)
+    require_groups(coupling)
+    plan = allocate(importance(model, coupling), target, coupling)
+    rewritten, verification = emit_verified(model, inputs, coupling, plan, emit=emit, verify=verify)
+    return Result(rewritten.model, plan, coupling, report(coupling, plan, target, rewritten, verification))
+
+
+def require_groups(coupling: Coupling) -> None:
+    """Refuse a model of which nothing can be removed.
+
+    Raises:
+        PlanError: there are no groups; the message gives the causes.
+    """
+    if not coupling.groups:
+        causes = dict.fromkeys(f"{p.name}: {p.reason}" for p in coupling.pinned)
+        listed = "\n  ".join(list(causes)[:5]) or "it has no parameters with more than one channel"
+        raise PlanError(f"{coupling.program.model_class} has no channels that may be removed:\n  {listed}")
+
+
+def emit_verified(
+    model: nn.Module, inputs: Inputs, coupling: Coupling, plan: Plan, *, emit: Emit = "auto", verify: bool = True
+) -> tuple[Rewritten, Verification | None]:
+    """The first emission that verifies; with `verify=False` the first that can be built.
+
+    Raises:
+        RewriteError, VerificationError: the emitter asked for, or the last one, does not compute what it must.
+    """
+    if not verify:
+        return rewrite(model, inputs, coupling, plan, emit=emit), None
+    matches = matcher(model, inputs, coupling, plan)
+    rewritten = rewrite(model, inputs, coupling, plan, emit=emit, matches=matches)
+    try:
+        return rewritten, compare(model, rewritten.model, inputs, coupling, plan)
+    except VerificationError as error:
+        if emit != "auto" or rewritten.emitter == "graph":
+            raise
+        reason = f"the same class does not verify: {error}".splitlines()[0]
+    rewritten = rewrite(model, inputs, coupling, plan, emit="graph")
+    verification = compare(model, rewritten.model, inputs, coupling, plan)
+    return Rewritten(rewritten.model, "graph", "; ".join(filter(None, (reason, rewritten.reason)))), verification

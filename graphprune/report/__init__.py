@@ -1,0 +1,124 @@
+"""What was asked for, what came out, what stayed whole and why: as data, and as text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from graphprune.allocate import Target
+from graphprune.cost import COSTS, widths
+from graphprune.coupling import Coupling, PinnedAxis, Unknown
+from graphprune.plan import Plan
+from graphprune.rewrite import Rewritten
+from graphprune.verify import Verification
+
+
+@dataclass(frozen=True)
+class Width:
+    """One group before and after."""
+
+    name: str
+    before: int
+    after: int
+    members: int
+    exactness: str
+
+
+@dataclass(frozen=True)
+class Change:
+    """One cost before and after."""
+
+    before: int
+    after: int
+
+    @property
+    def kept(self) -> float:
+        """Fraction kept; 1 for a cost of nothing."""
+        return self.after / self.before if self.before else 1.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything a user may want to know about one pruning.
+
+    Attributes:
+        model_class: name of the pruned class.
+        requested: the target.
+        costs: macs, params and channels, before and after; MACs at the example inputs.
+        groups: width of every group before and after.
+        pinned: parts of parameters that stayed whole, with the cause.
+        unknown: ops without a rule.
+        emitter: "module" or "graph".
+        reason: why the emitters before it were passed over; empty if it was the first.
+        verification: what the comparison with the zeroed original found; None if it was switched off.
+    """
+
+    model_class: str
+    requested: Target
+    costs: Mapping[str, Change]
+    groups: tuple[Width, ...]
+    pinned: tuple[PinnedAxis, ...]
+    unknown: tuple[Unknown, ...]
+    emitter: str
+    reason: str
+    verification: Verification | None
+
+    def __str__(self) -> str:
+        """A summary of one screen; `table()` has every group."""
+        asked = self.requested
+        lines = [f"graphprune: {self.model_class}, requested {asked.name} {asked.value:g}"]
+        for name, change in self.costs.items():
+            lines.append(f"  {name:<9} {change.before:>15,} -> {change.after:>15,}  ({change.kept:.3f} kept)")
+        smaller = sum(w.after < w.before for w in self.groups)
+        kinds = Counter(w.exactness for w in self.groups)
+        classes = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
+        lines.append(f"  groups    {smaller} of {len(self.groups)} smaller ({classes})")
+        lines.append(f"  emitted   {self.emitter}" + (f" because {self.reason}" if self.reason else ""))
+        lines.append(f"  verified  {self._verified()}")
+        lines.extend(f"  pinned    {n} axes: {reason}" for reason, n in self._causes().most_common(6))
+        for u in self.unknown:
+            lines.append(f"  no rule   {u.op}, {len(u.nodes)} nodes, first at {u.nodes[0]}: {u.why}")
+        return "\n".join(lines)
+
+    def _verified(self) -> str:
+        v = self.verification
+        if v is None:
+            return "no (verify=False)"
+        text = f"relative error {v.error:.1e} in {v.precision} on {v.inputs} inputs (tolerance {v.tolerance:.0e})"
+        if v.effect == 0:
+            return f"{text}; the removed channels had no effect on these inputs, so this proves nothing"
+        return f"{text}; zeroing itself moved the output by {v.effect:.1e}"
+
+    def _causes(self) -> Counter[str]:
+        return Counter(p.reason for p in self.pinned)
+
+    def table(self) -> str:
+        """One line per group: width before and after, members, exact or renormalised."""
+        wide = max([len(w.name) for w in self.groups] + [5])
+        head = f"{'group':<{wide}}  before  after  members  class"
+        rows = [f"{w.name:<{wide}}  {w.before:>6}  {w.after:>5}  {w.members:>7}  {w.exactness}" for w in self.groups]
+        return "\n".join([head, *rows])
+
+
+def report(
+    coupling: Coupling, plan: Plan, target: Target, rewritten: Rewritten, verification: Verification | None
+) -> Report:
+    """Put together what the steps found."""
+    kept = widths(plan)
+    costs = {}
+    for name, model in COSTS.items():
+        cost = model(coupling)
+        costs[name] = Change(cost.at({}), cost.at(kept))
+    costs["channels"] = Change(sum(plan.sizes.values()), sum(kept.values()))
+    return Report(
+        model_class=coupling.program.model_class,
+        requested=target,
+        costs=costs,
+        groups=tuple(Width(g.name, g.size, kept[g.name], len(g.members), g.exactness) for g in coupling.groups),
+        pinned=coupling.pinned,
+        unknown=coupling.unknown,
+        emitter=rewritten.emitter,
+        reason=rewritten.reason,
+        verification=verification,
+    )

@@ -1,0 +1,70 @@
+"""From a plan to a smaller module: the user's own class where that can be, a graph module otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from graphprune.coupling import Coupling
+from graphprune.errors import InputError, RewriteError
+from graphprune.plan import Plan
+from graphprune.rewrite.graph import emit_graph
+from graphprune.rewrite.module import emit_module
+from graphprune.trace import Inputs
+
+Emit = Literal["auto", "module", "graph"]
+
+
+@dataclass(frozen=True, eq=False)
+class Rewritten:
+    """A smaller module and how it was made.
+
+    Attributes:
+        model: the module.
+        emitter: "module" (same class) or "graph".
+        reason: why the emitters before it were passed over, and what is limited about this one; empty if nothing.
+    """
+
+    model: nn.Module
+    emitter: Literal["module", "graph"]
+    reason: str
+
+
+def rewrite(
+    model: nn.Module,
+    example_inputs: Any,
+    coupling: Coupling,
+    plan: Plan,
+    *,
+    emit: Emit = "auto",
+    matches: Callable[[nn.Module], str] = lambda candidate: "",
+) -> Rewritten:
+    """Build the smaller module.
+
+    Args:
+        model: the original; not modified.
+        example_inputs: as for `trace`.
+        coupling, plan: what to remove.
+        emit: "module" for the same class, "graph" for a graph module, "auto" for the first of them that matches.
+        matches: what is wrong with a candidate, empty if nothing; it decides between readings of ambiguous attributes.
+    Raises:
+        PlanError: the plan was made for another model.
+        RewriteError: the emitter asked for cannot carry out this plan.
+    """
+    if emit not in ("auto", "module", "graph"):
+        raise InputError(f"emit={emit!r}; it is 'auto', 'module' or 'graph'")
+    plan.check(coupling)
+    inputs = Inputs.of(example_inputs)
+    reason = ""
+    if emit != "graph":
+        try:
+            return Rewritten(emit_module(model, coupling, plan, matches), "module", "")
+        except RewriteError as error:
+            reason = f"the same class does not work: {error}"
+            if emit == "module":
+                raise RewriteError(f"{reason}\nuse emit='auto' or emit='graph'") from error
+    small, limits = emit_graph(model, inputs, coupling, plan)
+    return Rewritten(small, "graph", "; ".join(filter(None, (reason, limits))))

@@ -1,0 +1,223 @@
+"""Whole-graph emission: a `GraphModule` of the exported program with every size in it rewritten.
+
+Works for every plan and needs no source. The module takes and returns what the original does, for any batch size the
+original allows, keeps parameter names, and follows `.train()` in its dropouts and batch norms.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from graphprune.axes import Atom, Axis
+from graphprune.coupling import Coupling
+from graphprune.errors import GraphpruneError, RewriteError
+from graphprune.plan import Plan
+from graphprune.program import Value
+from graphprune.rewrite.state import held, lookup, replacements, smaller
+from graphprune.rules import Applied, Literal
+from graphprune.trace import Inputs, nested_graph, trace
+
+
+def emit_graph(model: nn.Module, inputs: Inputs, coupling: Coupling, plan: Plan) -> tuple[nn.Module, str]:
+    """A graph module that carries out the plan.
+
+    Args:
+        model: the original; not modified, no tensor is shared with it.
+        inputs: example inputs.
+        coupling, plan: what to remove.
+    Returns:
+        The module, and what is limited about it ("" or a sentence about a fixed batch size).
+    Raises:
+        RewriteError: the exported program cannot be turned into a module.
+    """
+    open_batch, limits = _with_open_batch(model, inputs, coupling)
+    graph_module = open_batch.program.source.module(check_guards=False)
+    plan = Plan.of(open_batch, plan.groups)
+    _Writer(open_batch, plan).rewrite(graph_module, "")
+    small = fx.GraphModule(graph_module, graph_module.graph, class_name=type(model).__name__)
+    _take_state(small, model, plan)
+    for module in small.modules():
+        module.training = model.training
+    return small, limits
+
+
+def _with_open_batch(model: nn.Module, inputs: Inputs, coupling: Coupling) -> tuple[Coupling, str]:
+    """The coupling of a trace that leaves the batch size open, or, where that fails, the one at hand."""
+    if coupling.program.dynamic_batch:
+        return coupling, ""
+    sizes = {t.shape[0] for t in inputs.tensors() if t.dim()}
+    wider = inputs.map(lambda t: torch.cat([t, t]) if t.dim() else t) if sizes == {1} else inputs
+    for attempt in (wider, inputs):
+        try:
+            again = coupling.again(trace(model, attempt, dynamic_batch=True))
+        except GraphpruneError:
+            continue
+        if [(g.name, g.size) for g in again.groups] == [(g.name, g.size) for g in coupling.groups]:
+            return again, ""
+    return coupling, f"the batch size stays {min(sizes, default=1)}, the model cannot be traced with an open one"
+
+
+def _take_state(small: nn.Module, model: nn.Module, plan: Plan) -> None:
+    """Give the graph module its own tensors: sliced where the plan says so, tied where they were tied."""
+    originals = dict(held(model))
+    new = replacements(model, plan)
+    for name, tensor in list(held(small)):
+        path, _, leaf = name.rpartition(".")
+        owner = lookup(small, path)
+        original = originals.get(name, tensor)
+        if id(original) not in new:
+            new[id(original)] = smaller(tensor, name, plan)
+        table = owner._parameters if leaf in owner._parameters else owner._buffers
+        table[leaf] = new[id(original)]
+
+
+class _Writer:
+    """Rewrites the sizes in one graph and the graphs nested in it."""
+
+    def __init__(self, coupling: Coupling, plan: Plan) -> None:
+        self.coupling = coupling
+        self.widths: dict[Atom, int] = {coupling.atoms[n]: len(kept) for n, kept in plan.groups.items()}
+        self.memo: dict[Axis, int] = {}
+        self.values: Mapping[str, Value] = {v.name: v for v in coupling.dims}
+        self.natural: dict[fx.Node, int] = {}
+
+    def width(self, axis: Axis) -> int:
+        """How many positions of `axis` the plan keeps."""
+        return int(self.coupling.axes.width(axis, self.widths, self.memo))
+
+    def rewrite(self, module: fx.GraphModule, prefix: str) -> None:
+        """Rewrite every node of a graph."""
+        graph = module.graph
+        switch = _Switch(graph)
+        for node in list(graph.nodes):
+            if node.op != "call_function":
+                continue
+            args = tuple(
+                getattr(module, str(a.target)) if isinstance(a, fx.Node) and _is_body(module, a) else a for a in node.args
+            )
+            if (inner := nested_graph(node.target, args)) is not None:
+                self.rewrite(inner[0], f"{prefix}{node.name}.")
+                continue
+            if (applied := self.coupling.applied.get(prefix + node.name)) is not None:
+                self._node(graph, node, applied, prefix)
+            switch.follow(node)
+        graph.lint()
+        module.recompile()
+
+    def _node(self, graph: fx.Graph, node: fx.Node, applied: Applied, prefix: str) -> None:
+        replacement = applied.replacement
+        if replacement and any(self.width(x.axis) != x.axis.size for x in replacement.literals):
+            target = getattr(torch.ops.aten, replacement.op).default
+            names = [a.name for a in target._schema.arguments]
+            node.args = tuple(node.args[0] if n == "self" else replacement.arguments[n] for n in names)
+            node.kwargs, node.target = {}, target
+            for literal in replacement.literals:
+                self._literal(graph, node, literal, prefix)
+            return
+        for literal in applied.literals:
+            self._literal(graph, node, literal, prefix)
+        for fixed in applied.fixed:
+            if self.width(fixed.axis) != fixed.axis.size:
+                _set(node, (fixed.argument,), fixed.value)
+
+    def _literal(self, graph: fx.Graph, node: fx.Node, literal: Literal, prefix: str) -> None:
+        new = self.width(literal.axis)
+        given = _get(node, literal.path)
+        if isinstance(given, fx.Node):
+            natural = self._natural(given, prefix)
+            if natural == new:
+                return
+            with graph.inserting_before(node):
+                scaled = graph.call_function(operator.mul, (given, new))
+                given = graph.call_function(operator.floordiv, (scaled, natural))
+            _set(node, literal.path, given)
+        elif new != literal.axis.size and given != -1:
+            _set(node, literal.path, new)
+
+    def _natural(self, node: fx.Node, prefix: str) -> int:
+        """What an int node computes in the pruned graph at the example inputs."""
+        if node not in self.natural:
+            self.natural[node] = self._compute(node, prefix)
+        return self.natural[node]
+
+    def _compute(self, node: fx.Node, prefix: str) -> int:
+        if node.target is torch.ops.aten.sym_size.int:
+            source, dim = node.args
+            assert isinstance(source, fx.Node) and isinstance(dim, int)
+            value = self.values.get(prefix + source.name) or self.values[source.name]
+            return self.width(self.coupling.dims[value][dim])
+        if getattr(node.target, "__module__", "") in ("_operator", "operator", "math"):
+            compute: Callable[..., Any] = node.target  # type: ignore[assignment]
+            return int(compute(*(self._natural(a, prefix) if isinstance(a, fx.Node) else a for a in node.args)))
+        val = node.meta.get("val")
+        hint = val.node.hint if isinstance(val, torch.SymInt) else val
+        if not isinstance(hint, int):
+            raise RewriteError(f"the size computed by {node.name} ({node.target}) cannot be rewritten; use emit='module'")
+        return hint
+
+
+class _Switch:
+    """Makes dropout and batch norm follow `self.training`, as they do in the original."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.flag: fx.Node | None = None
+
+    def follow(self, node: fx.Node) -> None:
+        """Replace a literal eval-mode flag by the module's own."""
+        argument = _FLAGS.get(getattr(getattr(node.target, "_schema", None), "name", ""))
+        if argument is None or _get(node, (argument,)) is not False:
+            return
+        if self.flag is None:
+            first = next(n for n in self.graph.nodes if n.op != "placeholder")
+            with self.graph.inserting_before(first):
+                self.flag = self.graph.create_node("get_attr", "training")
+        _set(node, (argument,), self.flag)
+
+
+_FLAGS = {
+    "aten::dropout": "train",
+    "aten::dropout_": "train",
+    "aten::feature_dropout": "train",
+    "aten::feature_dropout_": "train",
+    "aten::alpha_dropout": "train",
+    "aten::alpha_dropout_": "train",
+    "aten::batch_norm": "training",
+}
+
+
+def _is_body(module: fx.GraphModule, node: fx.Node) -> bool:
+    return node.op == "get_attr" and isinstance(getattr(module, str(node.target), None), fx.GraphModule)
+
+
+def _names(node: fx.Node) -> list[str]:
+    return [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+
+
+def _get(node: fx.Node, path: tuple[str | int, ...]) -> Any:
+    """The argument at `path`; None where it is left to its default."""
+    name, *index = path
+    position = _names(node).index(str(name))
+    held: Any = node.args[position] if position < len(node.args) else node.kwargs.get(str(name))
+    for i in index:
+        held = held[i]
+    return held
+
+
+def _set(node: fx.Node, path: tuple[str | int, ...], value: Any) -> None:
+    """Write the argument at `path`."""
+    name, *index = path
+    if index:
+        items = list(_get(node, (name,)))
+        items[int(index[0])] = value
+        value = items
+    position = _names(node).index(str(name))
+    if position < len(node.args):
+        node.update_arg(position, value)
+    else:
+        node.update_kwarg(str(name), value)

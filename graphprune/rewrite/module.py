@@ -1,0 +1,242 @@
+"""Same-class emission: the user's own module with sliced weights, and its int attributes solved.
+
+Every int argument in the traced graph is bound to an axis, so it is known that "12 became 8 in blocks.3.attn". The
+attribute of that module that held 12 gets 8. Where several attributes could be meant, the one whose forward matches
+the zeroed original is kept.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from graphprune.coupling import Coupling
+from graphprune.errors import RewriteError
+from graphprune.plan import Plan
+from graphprune.rewrite.state import lookup, replacements
+
+TRIES = 16
+"""How many readings of ambiguous attributes are tried before giving up."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """An int that a module keeps: an attribute, an element of a tuple attribute, or a field of its config."""
+
+    module: str
+    attribute: str
+    index: int | None = None
+    config: str | None = None
+
+    def __str__(self) -> str:
+        owner = ".".join(p for p in (self.module, self.config) if p)
+        return f"{owner}.{self.attribute}" + ("" if self.index is None else f"[{self.index}]")
+
+
+def emit_module(model: nn.Module, coupling: Coupling, plan: Plan, matches: Callable[[nn.Module], str]) -> nn.Module:
+    """A deep copy of `model`, same class, with the plan carried out.
+
+    Args:
+        model: the original; not modified.
+        coupling, plan: what to remove.
+        matches: what is wrong with a candidate's outputs, empty if nothing.
+    Raises:
+        RewriteError: no reading of the attributes computes what the zeroed original computes; the message says why.
+    """
+    small: nn.Module = copy.deepcopy(model, dict(replacements(model, plan)))
+    _set_torch_attributes(small)
+    options = _options(small, coupling, plan)
+    problem = ""
+    for tried, choice in enumerate(_choices(options)):
+        if tried == TRIES:
+            break
+        for slot, value in choice.items():
+            _write(small, slot, value)
+        found = matches(small)
+        if not found:
+            return small
+        problem = problem or found
+    raise RewriteError(problem)
+
+
+# -- attributes of torch.nn modules ------------------------------------------------------------------------------
+
+
+def _shape(module: nn.Module, name: str = "weight") -> tuple[int, ...] | None:
+    found = getattr(module, name, None)
+    return None if found is None else tuple(found.shape)
+
+
+def _linear(m: nn.Linear) -> dict[str, Any]:
+    return {"out_features": m.weight.shape[0], "in_features": m.weight.shape[1]}
+
+
+def _bilinear(m: nn.Bilinear) -> dict[str, Any]:
+    out, first, second = m.weight.shape
+    return {"out_features": out, "in1_features": first, "in2_features": second}
+
+
+def _conv(m: nn.modules.conv._ConvNd) -> dict[str, Any]:
+    first, second = m.weight.shape[:2]
+    if m.transposed:
+        return {"in_channels": first, "out_channels": second * m.groups}
+    return {"out_channels": first, "in_channels": second * m.groups}
+
+
+def _norm(m: nn.modules.batchnorm._NormBase) -> dict[str, Any]:
+    held = m.weight if m.weight is not None else m.running_mean
+    return {} if held is None else {"num_features": held.shape[0]}
+
+
+def _layer_norm(m: nn.LayerNorm | nn.RMSNorm) -> dict[str, Any]:
+    return {} if m.weight is None else {"normalized_shape": tuple(m.weight.shape)}
+
+
+def _group_norm(m: nn.GroupNorm) -> dict[str, Any]:
+    return {} if m.weight is None else {"num_channels": m.weight.shape[0]}
+
+
+def _embedding(m: nn.Embedding) -> dict[str, Any]:
+    return {"num_embeddings": m.weight.shape[0], "embedding_dim": m.weight.shape[1]}
+
+
+def _prelu(m: nn.PReLU) -> dict[str, Any]:
+    return {"num_parameters": m.weight.shape[0]}
+
+
+_TORCH: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Callable[[Any], dict[str, Any]]], ...] = (
+    (nn.Linear, _linear),
+    (nn.Bilinear, _bilinear),
+    (nn.modules.conv._ConvNd, _conv),
+    (nn.modules.batchnorm._NormBase, _norm),
+    ((nn.LayerNorm, nn.RMSNorm), _layer_norm),
+    (nn.GroupNorm, _group_norm),
+    (nn.Embedding, _embedding),
+    (nn.PReLU, _prelu),
+)
+
+
+def _set_torch_attributes(model: nn.Module) -> None:
+    """Bring the size attributes of torch.nn modules in line with their weights."""
+    for module in model.modules():
+        for kind, attributes in _TORCH:
+            if isinstance(module, kind) and _shape(module) is not None or isinstance(module, kind) and kind is _TORCH[3][0]:
+                for name, value in attributes(module).items():
+                    if hasattr(module, name) and getattr(module, name) != value:
+                        setattr(module, name, value)
+
+
+# -- attributes of everything else -------------------------------------------------------------------------------
+
+
+def _options(small: nn.Module, coupling: Coupling, plan: Plan) -> dict[Slot, list[int]]:
+    """Per int that may have to change, the values it may take, the likeliest first and its own value last."""
+    changed, unchanged = _changes(coupling, plan)
+    options: dict[Slot, list[int]] = {}
+    for path, moves in changed.items():
+        for old, news in moves.items():
+            for slot in _holding(small, path, old):
+                values = options.setdefault(slot, [])
+                values.extend(n for n in news if n not in values)
+                if old in unchanged.get(path, ()):
+                    values.append(old)
+    return {slot: list(dict.fromkeys([*values, _read(small, slot)])) for slot, values in options.items()}
+
+
+def _changes(coupling: Coupling, plan: Plan) -> tuple[dict[str, dict[int, list[int]]], dict[str, set[int]]]:
+    """Per module path, which literals became what, and which stayed."""
+    keep = {coupling.atoms[name]: len(kept) for name, kept in plan.groups.items()}
+    memo: dict[Any, int] = {}
+    changed: dict[str, dict[int, list[int]]] = {}
+    unchanged: dict[str, set[int]] = {}
+    for applied in coupling.applied.values():
+        for literal in applied.literals:
+            old, new = literal.axis.size, coupling.axes.width(literal.axis, keep, memo)
+            if old == new:
+                unchanged.setdefault(applied.node.module, set()).add(old)
+                continue
+            news = changed.setdefault(applied.node.module, {}).setdefault(old, [])
+            if new not in news:
+                news.append(new)
+    return changed, unchanged
+
+
+def _holding(small: nn.Module, path: str, old: int) -> list[Slot]:
+    """Where the module at `path` keeps the int `old`: its attributes, else its configs, else the modules around it."""
+    while True:
+        module = lookup(small, path)
+        if isinstance(module, nn.Module):
+            own = [Slot(path, name, index) for name, index in _ints(vars(module), old)]
+            if not own:
+                own = [
+                    Slot(path, name, index, config)
+                    for config, held in vars(module).items()
+                    if _is_config(held)
+                    for name, index in _ints(vars(held), old)
+                ]
+            if own:
+                return own
+        if not path:
+            return []
+        path = path.rpartition(".")[0]
+
+
+_NOT_SIZES = frozenset({"training", "dim", "axis", "padding_idx", "stride", "padding", "kernel_size", "dilation"})
+
+
+def _ints(attributes: Mapping[str, Any], value: int) -> Iterator[tuple[str, int | None]]:
+    for name, held in attributes.items():
+        if name in _NOT_SIZES:
+            continue
+        if type(held) is int and held == value:
+            yield name, None
+        elif isinstance(held, (tuple, list)) and not hasattr(held, "_fields"):
+            for index, item in enumerate(held):
+                if type(item) is int and item == value:
+                    yield name, index
+
+
+def _is_config(held: Any) -> bool:
+    """A plain object with fields, such as a Hugging Face config."""
+    return hasattr(held, "__dict__") and not isinstance(held, (nn.Module, type)) and not callable(held)
+
+
+def _choices(options: Mapping[Slot, Sequence[int]]) -> Iterator[dict[Slot, int]]:
+    """Assignments in order of likelihood; slots alike in name and options are decided together."""
+    alike: dict[tuple[Any, ...], list[Slot]] = {}
+    for slot, values in options.items():
+        alike.setdefault((slot.attribute, slot.index, slot.config, tuple(values)), []).append(slot)
+    keys = list(alike)
+    for picks in itertools.product(*(range(len(key[3])) for key in keys)):
+        yield {slot: key[3][pick] for key, pick in zip(keys, picks, strict=True) for slot in alike[key]}
+
+
+def _owner(model: nn.Module, slot: Slot) -> Any:
+    module = lookup(model, slot.module)
+    return module if slot.config is None else vars(module)[slot.config]
+
+
+def _read(model: nn.Module, slot: Slot) -> int:
+    held = vars(_owner(model, slot))[slot.attribute]
+    return int(held if slot.index is None else held[slot.index])
+
+
+def _write(model: nn.Module, slot: Slot, value: int) -> None:
+    """Set the int; a config is copied first, since modules share it."""
+    if _read(model, slot) == value:
+        return
+    owner = _owner(model, slot)
+    if slot.config is not None:
+        owner = copy.copy(owner)
+        vars(lookup(model, slot.module))[slot.config] = owner
+    if slot.index is not None:
+        held = vars(owner)[slot.attribute]
+        items = list(held)
+        items[slot.index] = value
+        value = type(held)(items)
+    vars(owner)[slot.attribute] = value

@@ -1,0 +1,51 @@
+"""Sliced weights: the one place that turns a plan into smaller tensors."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphprune.plan import Plan, sliced
+
+
+def held(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter and buffer of `model` under each of its names."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def smaller(tensor: torch.Tensor, name: str, plan: Plan) -> torch.Tensor:
+    """A new tensor like `tensor`, without the channels the plan removes; still a parameter if it was one."""
+    new = sliced(tensor, plan.kept[name]) if name in plan.kept else tensor.detach().clone()
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(new, requires_grad=tensor.requires_grad)
+    return new
+
+
+def replacements(model: nn.Module, plan: Plan) -> dict[int, torch.Tensor]:
+    """For each tensor of `model`, by id, the tensor that takes its place; tied tensors stay tied."""
+    new: dict[int, torch.Tensor] = {}
+    for name, tensor in (*held(model), *_attributes(model, plan)):
+        if id(tensor) not in new:
+            new[id(tensor)] = smaller(tensor, name, plan)
+    return new
+
+
+def _attributes(model: nn.Module, plan: Plan) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors that the plan shrinks and the model keeps as plain attributes."""
+    for name in plan.kept:
+        found = lookup(model, name)
+        if isinstance(found, torch.Tensor):
+            yield name, found
+
+
+def lookup(model: nn.Module, path: str) -> Any:
+    """What `model` holds at a dotted path; None if there is nothing."""
+    try:
+        return functools.reduce(getattr, path.split("."), model) if path else model
+    except AttributeError:
+        return None

@@ -1,0 +1,358 @@
+"""The proof: the pruned model computes what the original computes with the same channels zeroed.
+
+The reference needs nothing but the plan: every removed slice of every parameter and buffer set to 0, nothing else
+changed. It runs on the example inputs and on fresh ones like them, in float64 where the model allows that, and every
+output is compared. Where a renormalised group loses channels, the reference is the traced graph in which those
+normalisations see only the kept positions.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphprune.axes import Axis, Mask
+from graphprune.coupling import Coupling
+from graphprune.errors import GraphpruneError, VerificationError
+from graphprune.interpret import interpret
+from graphprune.plan import Plan
+from graphprune.program import Node
+from graphprune.rewrite.state import held
+from graphprune.rules import Applied
+from graphprune.trace import Inputs, output_tensors, run, trace, untouched
+
+TOLERANCE: Mapping[torch.dtype, float] = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""Largest relative error accepted, by the dtype of the model's own weights."""
+RAISED_TOLERANCE = 1e-5
+"""The same for a float32 or half-precision model verified in float64, parts of which may still compute in float32."""
+RAISED_LIMIT = 200_000_000
+"""Models with more parameters than this are verified in the precision they have."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What the comparison found.
+
+    Attributes:
+        error: largest difference of any output, relative to that output's largest value.
+        effect: how far the zeroed original is from the dense one, in the same measure; 0 means that the channels
+            removed had no effect on these inputs, so the comparison could not have failed.
+        tolerance: what `error` had to stay below.
+        precision: dtype the comparison ran in.
+        inputs: how many sets of inputs were compared.
+    """
+
+    error: float
+    effect: float
+    tolerance: float
+    precision: str
+    inputs: int
+
+
+def verify(
+    model: nn.Module, pruned: nn.Module, example_inputs: Any, coupling: Coupling, plan: Plan, *, fresh: int = 1
+) -> Verification:
+    """Compare `pruned` with the zeroed original.
+
+    Args:
+        model: the original.
+        pruned: the smaller module.
+        example_inputs: as for `trace`.
+        coupling, plan: what was removed.
+        fresh: how many further sets of random inputs like the example are compared.
+    Raises:
+        VerificationError: an output differs by more than the tolerance, the message naming the first op at which the
+            two runs part; or the original returns NaN, so there is nothing to compare with.
+    """
+    bench = _bench(model, pruned, Inputs.of(example_inputs))
+    reference = _reference(bench.model, coupling, plan)
+    error = effect = 0.0
+    sets = [bench.inputs, *(like(bench.inputs, seed) for seed in range(fresh))]
+    for given in sets:
+        dense, want = run(bench.model, given), reference(given)
+        _check_not_nan(dense)
+        error = max(error, difference(run(bench.pruned, given), want))
+        effect = max(effect, difference(want, dense))
+        if not error <= bench.tolerance:
+            where = first_divergence(bench.model, bench.pruned, given, coupling, plan)
+            raise VerificationError(
+                f"the pruned model differs from the zeroed original by {error:.2e} (tolerance {bench.tolerance:.0e})\n"
+                f"  {where}\n"
+                "this is a defect of graphprune or of a rule that was added; please report it with the model. "
+                "keep_names=[...] keeps the part concerned whole; verify=False skips the check"
+            )
+    return Verification(error, effect, bench.tolerance, bench.precision, len(sets))
+
+
+Matches = Callable[[nn.Module], str]
+
+
+def matcher(model: nn.Module, example_inputs: Any, coupling: Coupling, plan: Plan) -> Matches:
+    """A quick check on the example inputs alone, for choosing between candidates: what is wrong, empty if nothing."""
+    inputs = full_precision(Inputs.of(example_inputs))
+    want = _reference(in_full_precision(model), coupling, plan)(inputs)
+    tolerance = TOLERANCE[torch.float32]
+
+    def matches(candidate: nn.Module) -> str:
+        try:
+            gap = difference(run(in_full_precision(candidate), inputs), want)
+        except Exception as error:
+            text = next(iter(str(error).splitlines()), "")
+            return f"{type(error).__name__}: {text}"
+        return "" if gap <= tolerance else f"its output is off by {gap:.1e}"
+
+    return matches
+
+
+# -- the reference -----------------------------------------------------------------------------------------------
+
+
+def zeroed(model: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
+    """The state of `model` with everything that `plan` removes set to 0.
+
+    Returns:
+        Copies of the tensors that the plan shrinks, by fully qualified name, at their original shapes.
+    """
+    state: dict[str, torch.Tensor] = {}
+    made: dict[int, torch.Tensor] = {}
+    for name, tensor in held(model):
+        if name not in plan.kept:
+            continue
+        if id(tensor) not in made:
+            made[id(tensor)] = _zero_removed(tensor.detach(), plan.kept[name])
+        state[name] = made[id(tensor)]
+    return state
+
+
+def _zero_removed(tensor: torch.Tensor, kept: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    if not tensor.is_floating_point() and not tensor.is_complex():
+        return tensor
+    out = tensor.clone()
+    for dim, positions in kept.items():
+        gone = torch.ones(tensor.shape[dim], dtype=torch.bool, device=tensor.device)
+        gone[positions.to(tensor.device)] = False
+        out.index_fill_(dim, gone.nonzero().flatten(), 0)
+    return out
+
+
+def run_zeroed(model: nn.Module, plan: Plan, inputs: Inputs) -> list[torch.Tensor]:
+    """The outputs of `model` in eval mode with everything that `plan` removes zeroed; the model is left untouched."""
+    with untouched(model), torch.no_grad():
+        state = zeroed(model, plan)
+        return output_tensors(torch.func.functional_call(model, state, inputs.args, dict(inputs.kwargs)))
+
+
+def _reference(model: nn.Module, coupling: Coupling, plan: Plan) -> Callable[[Inputs], list[torch.Tensor]]:
+    """What the pruned model must compute."""
+    masked = _Masked(coupling, plan)
+    if not masked.nodes:
+        return lambda inputs: run_zeroed(model, plan, inputs)
+    state = {**dict(held(model)), **zeroed(model, plan)}
+    return lambda inputs: interpret(coupling.program, state, inputs, stand_in=masked.stand_in)
+
+
+class _Masked:
+    """Normalisations over renormalised groups, computed over the kept positions and put back among zeros."""
+
+    def __init__(self, coupling: Coupling, plan: Plan) -> None:
+        self.coupling = coupling
+        self.keep = coupling.keep({n: k for n, k in plan.groups.items() if len(k) < plan.sizes[n]})
+        self.memo: dict[Axis, Mask] = {}
+        self.nodes: dict[str, Applied] = {
+            name: applied
+            for name, applied in coupling.applied.items()
+            if any(not self.mask(axis).all() for axis in applied.renormalised)
+        }
+
+    def mask(self, axis: Axis) -> Mask:
+        return self.coupling.axes.mask(axis, self.keep, self.memo)
+
+    def gather(self, tensor: torch.Tensor, dims: tuple[Axis, ...]) -> torch.Tensor:
+        """The kept positions of every dim."""
+        for d, axis in enumerate(dims):
+            kept = torch.from_numpy(self.mask(axis)).nonzero().flatten()
+            tensor = tensor.index_select(d, kept.to(tensor.device)) if len(kept) < axis.size else tensor
+        return tensor
+
+    def scatter(self, tensor: torch.Tensor, dims: tuple[Axis, ...]) -> torch.Tensor:
+        """The same positions back in a tensor of zeros."""
+        for d, axis in enumerate(dims):
+            kept = torch.from_numpy(self.mask(axis)).nonzero().flatten().to(tensor.device)
+            if len(kept) < axis.size:
+                shape = [*tensor.shape[:d], axis.size, *tensor.shape[d + 1 :]]
+                tensor = tensor.new_zeros(shape).index_copy(d, kept, tensor)
+        return tensor
+
+    def stand_in(self, node: Node, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The op over the kept positions; None for an op that is not concerned."""
+        applied = self.nodes.get(node.name)
+        if applied is None:
+            return None
+        names = [a.name for a in target._schema.arguments]
+        given = dict(zip(names, args, strict=False)) | dict(kwargs)
+        for name, value in given.items():
+            if isinstance(value, torch.Tensor):
+                given[name] = self.gather(value, self.coupling.dims[node.arguments[name]])
+        for literal in applied.literals:
+            name, *index = literal.path
+            size = int(self.mask(literal.axis).sum())
+            if index:
+                items = list(given[str(name)])
+                items[int(index[0])] = size
+                given[str(name)] = items
+            else:
+                given[str(name)] = size
+        result = target(**given)
+        if isinstance(result, torch.Tensor):
+            return self.scatter(result, applied.outputs[0])
+        return tuple(self.scatter(r, dims) for r, dims in zip(result, applied.outputs, strict=True))
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------
+
+
+def difference(got: list[torch.Tensor], want: list[torch.Tensor]) -> float:
+    """Largest difference of any output, relative to the largest value of that output; infinite if shapes differ."""
+    if [t.shape for t in got] != [t.shape for t in want]:
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(got, want, strict=True):
+        if b.numel() == 0:
+            continue
+        wide = torch.complex128 if b.is_complex() else torch.float64
+        a, b = a.to(wide), b.to(wide)
+        gap = torch.where(a == b, 0.0, (a - b).abs()).max().item()
+        finite = b[b.abs() < float("inf")].abs()
+        scale = finite.max().item() if finite.numel() else 0.0
+        if gap != gap:
+            return float("inf")
+        worst = max(worst, gap / scale if scale > 0 else gap)
+    return worst
+
+
+def _check_not_nan(outputs: list[torch.Tensor]) -> None:
+    for k, output in enumerate(outputs):
+        if (output.is_floating_point() or output.is_complex()) and output.isnan().any():
+            raise VerificationError(
+                f"output {k} of the original model holds NaN on these inputs, so there is nothing to compare with; "
+                "pass example inputs on which the model works, or verify=False to prune it unchecked"
+            )
+
+
+def like(inputs: Inputs, seed: int) -> Inputs:
+    """Random inputs like the example: noise of the same mean and spread for floats, the same values shuffled for ints."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def new(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_floating_point() and tensor.numel() > 1:
+            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            known = tensor.double().cpu()
+            return (noise * known.std() + known.mean()).to(tensor)
+        order = torch.randperm(tensor.numel(), generator=generator).to(tensor.device)
+        return tensor.flatten()[order].reshape(tensor.shape)
+
+    return inputs.map(new)
+
+
+# -- precision ---------------------------------------------------------------------------------------------------
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """Both models and the inputs, in the precision they are compared in."""
+
+    model: nn.Module
+    pruned: nn.Module
+    inputs: Inputs
+    tolerance: float
+    precision: str
+
+
+def _bench(model: nn.Module, pruned: nn.Module, inputs: Inputs) -> _Bench:
+    """Raise both models to float64 where they are small enough and run there."""
+    dtypes = {t.dtype for _, t in held(model) if t.is_floating_point()}
+    size = sum(p.numel() for p in model.parameters())
+    if dtypes - {torch.float64} and size <= RAISED_LIMIT:
+        try:
+            raised = _copy(model).double(), _copy(pruned).double(), inputs.map(_to_double)
+            run(raised[0], raised[2])
+            return _Bench(*raised, RAISED_TOLERANCE, "float64")
+        except Exception:  # some models fix float32 in their code; they are compared as they are
+            pass
+    tolerance = TOLERANCE[torch.float64] if dtypes == {torch.float64} else TOLERANCE[torch.float32]
+    precision = "float64" if dtypes == {torch.float64} else "float32"
+    return _Bench(in_full_precision(model), in_full_precision(pruned), full_precision(inputs), tolerance, precision)
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, on copying the signature of a graph module
+        return copy.deepcopy(model)
+
+
+def _to_double(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def in_full_precision(model: nn.Module) -> nn.Module:
+    """`model` itself, or a float32 copy of a half-precision one, so that rounding cannot hide an error."""
+    if not any(t.dtype in _HALF for _, t in held(model)):
+        return model
+    return _copy(model).float()
+
+
+def full_precision(inputs: Inputs) -> Inputs:
+    """The inputs with half-precision tensors in float32."""
+    return inputs.map(lambda t: t.float() if t.dtype in _HALF else t)
+
+
+# -- where two runs part -----------------------------------------------------------------------------------------
+
+
+def first_divergence(model: nn.Module, pruned: nn.Module, inputs: Inputs, coupling: Coupling, plan: Plan) -> str:
+    """A sentence naming the first op whose values differ between the zeroed original and the pruned model."""
+    try:
+        other = trace(pruned, inputs)
+    except GraphpruneError as error:
+        return f"the pruned model cannot be traced to say where: {error}"
+    masked = _Masked(coupling, plan)
+    ours: list[tuple[Node, Any]] = []
+    theirs: list[tuple[Node, Any]] = []
+    state = {**dict(held(model)), **zeroed(model, plan)}
+    stand_in = masked.stand_in if masked.nodes else None
+    interpret(coupling.program, state, inputs, watch=_recorder(ours), stand_in=stand_in)
+    interpret(other, dict(held(pruned)), inputs, watch=_recorder(theirs))
+    for (node, want), (peer, got) in zip(ours, theirs, strict=False):
+        if _plain(node.op) != _plain(peer.op):
+            return f"they run different ops from {node} on: {node.op} and {peer.op}"
+        results = want if isinstance(want, (tuple, list)) else [want]
+        wanted = [masked.gather(w, coupling.dims[v]) for w, v in zip(results, node.outputs, strict=False)]
+        given = list(got) if isinstance(got, (tuple, list)) else [got]
+        gap = difference(given, wanted)
+        if not gap <= RAISED_TOLERANCE:
+            code = f": `{node.code}`" if node.code else ""
+            shapes = [list(t.shape) for t in given], [list(t.shape) for t in wanted]
+            apart = f"relative difference {gap:.2e}" if shapes[0] == shapes[1] else f"shapes {shapes[0]} and {shapes[1]}"
+            return f"they part at {node}{code} ({apart})"
+    return "every op agrees on its own; they part in how the outputs are put together"
+
+
+def _recorder(into: list[tuple[Node, Any]]) -> Callable[[Node, Any], None]:
+    def watch(node: Node, result: Any) -> None:
+        kept = [r.detach().clone() for r in result] if isinstance(result, (tuple, list)) else result.detach().clone()
+        into.append((node, kept))
+
+    return watch
+
+
+def _plain(op: str) -> str:
+    """The op without what graph emission replaces."""
+    return {"chunk": "split_with_sizes", "split": "split_with_sizes"}.get(op, op)
