@@ -13,6 +13,7 @@ This file knows nothing of tensors.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ T = TypeVar("T")
 
 
 class Atom:
-    """An index set of `size` positions without inner structure; two atoms are equal only if they are the same object."""
+    """An index set of `size` positions without inner structure; equal only to itself."""
 
     __slots__ = ("size",)
 
@@ -45,7 +46,7 @@ class Prod:
 
     def __init__(self, *factors: Axis) -> None:
         self.factors = factors
-        self.size = math.prod(f.size for f in factors)
+        self.size: int = math.prod(f.size for f in factors)
 
     def __repr__(self) -> str:
         return f"Prod({', '.join(map(repr, self.factors))})"
@@ -58,7 +59,7 @@ class Sum:
 
     def __init__(self, *terms: Axis) -> None:
         self.terms = terms
-        self.size = sum(t.size for t in terms)
+        self.size: int = sum(t.size for t in terms)
 
     def __repr__(self) -> str:
         return f"Sum({', '.join(map(repr, self.terms))})"
@@ -282,7 +283,7 @@ class Axes:
         of_sum: Callable[[list[T]], T],
         memo: dict[Axis, T],
     ) -> T:
-        """A bottom-up fold with an explicit stack, since concatenations of concatenations nest as deep as the network."""
+        """A bottom-up fold with an explicit stack: concatenations can nest as deep as the network."""
         top = self.find(axis)
         work = [top]
         while work:
@@ -328,10 +329,10 @@ class Axes:
                 pairs.append((_prod(some), _prod(others)))
                 continue
             strides = sorted(set(_strides(some)) | set(_strides(others)))
-            if any(big % small for small, big in zip(strides, strides[1:], strict=False)):
+            if any(big % small for small, big in itertools.pairwise(strides)):
                 self._misaligned.append(Misalignment(_prod(some), _prod(others), where))
                 continue
-            fine = [Atom(big // small) for small, big in zip(strides, strides[1:], strict=False)][::-1]
+            fine = [Atom(big // small) for small, big in itertools.pairwise(strides)][::-1]
             pairs.extend(_regroup(fine, some))
             pairs.extend(_regroup(fine, others))
         return pairs

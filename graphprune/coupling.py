@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -178,7 +179,7 @@ class Coupling:
             return f"{title} they are the same index set by their sizes alone"
         path = nx.shortest_path(within, *ends)
         lines = []
-        for here, there in zip(path, path[1:], strict=False):
+        for here, there in itertools.pairwise(path):
             node: Node = within.edges[here, there]["node"]
             code = f": `{node.code}`" if node.code else ""
             lines.append(f"  {_spell(here)} goes with {_spell(there)} through {node}{code}")
@@ -304,7 +305,11 @@ class _Builder:
                 self.axes.pin(axis, Pin(f"it reaches dim {d} of the model's input {value.target}"))
 
     def keep(self, names: Iterable[str]) -> None:
-        """Pin the widths of the parameters and modules named."""
+        """Pin the widths of the parameters and modules named.
+
+        Raises:
+            UnknownName: the model has none of that name.
+        """
         targets = {v.target: v for v in self.program.state if v.target}
         for name in names:
             name_here = self.program.aliases.get(name, name)
@@ -317,15 +322,12 @@ class _Builder:
                     self.axes.pin(axis, Pin(f"keep_names asks for {name}"))
 
     def apply(self) -> None:
-        """Apply the rule of every node, in order."""
+        """Apply the rule of every node, in order; what no rule fits is pinned and noted."""
         for node in self.program.nodes:
             call = Call(node, self.axes, self.dims, self.zero)
             rule = find(self.rules, node.op)
             try:
-                if rule is None:
-                    raise RuleError("no rule")
-                outputs = list(rule(call))
-                _check(node, outputs)
+                outputs = _outputs(rule, call)
             except (RuleError, ValueError) as error:
                 self.unknown.setdefault(node.op, (str(error), []))[1].append(node)
                 call, outputs = self._touched(node)
@@ -365,7 +367,7 @@ class _Builder:
 
     def _write_through(self, node: Node) -> None:
         """An in-place op changes what it was given, and what that is a view of."""
-        operands = [v for v in node.values()]
+        operands = list(node.values())
         if not node.outputs or not operands:
             return
         if node.op.endswith("_") and not node.op.endswith("__"):
@@ -399,9 +401,9 @@ class _Builder:
             if pin is not None:
                 pinned.append(PinnedAxis(names[atom], atom.size, members, pin.reason, str(pin.where)))
                 continue
-            node = renormalised.get(atom)
-            exactness: Exactness = "exact" if node is None else "renormalised"
-            groups.append(Group(names[atom], atom.size, members, exactness, "" if node is None else str(node)))
+            by = renormalised.get(atom)
+            exactness: Exactness = "exact" if by is None else "renormalised"
+            groups.append(Group(names[atom], atom.size, members, exactness, "" if by is None else str(by)))
             atoms[names[atom]] = atom
         return Coupling(
             program=self.program,
@@ -431,13 +433,15 @@ class _Builder:
         for found in slots.values():
             best = min(range(len(found)), key=lambda i: (_rank(*found[i]), i))
             found.insert(0, found.pop(best))
-        with_parameter = {a: f for a, f in slots.items() if any(v.kind == "parameter" for v, _ in f)}
-        return with_parameter
+        return {a: f for a, f in slots.items() if any(v.kind == "parameter" for v, _ in f)}
 
 
 _VIEWS = frozenset(
-    "view reshape slice select unbind chunk split split_with_sizes narrow transpose permute t squeeze unsqueeze expand "
-    "expand_as alias detach flatten unflatten view_as movedim diagonal as_strided lift_fresh contiguous".split()
+    {
+        *("view", "reshape", "slice", "select", "unbind", "chunk", "split", "split_with_sizes", "narrow", "transpose"),
+        *("permute", "t", "squeeze", "unsqueeze", "expand", "expand_as", "alias", "detach", "flatten", "unflatten"),
+        *("view_as", "movedim", "diagonal", "as_strided", "lift_fresh", "contiguous", "tensor_split", "to"),
+    }
 )
 
 
@@ -510,12 +514,20 @@ def _spell(slot: tuple[str, int]) -> str:
     return f"dim {slot[1]} of {slot[0]}"
 
 
-def _check(node: Node, outputs: Sequence[Dims]) -> None:
-    """A rule that does not fit its node must not go on."""
+def _outputs(rule: Rule | None, call: Call) -> list[Dims]:
+    """The axes a rule gives the outputs of a call.
+
+    Raises:
+        RuleError: there is no rule, or its shapes are not those of the op.
+    """
+    if rule is None:
+        raise RuleError("no rule")
+    outputs = list(rule(call))
     shapes = [tuple(a.size for a in dims) for dims in outputs]
-    wanted = [v.shape for v in node.outputs]
+    wanted = [v.shape for v in call.node.outputs]
     if shapes != wanted:
         raise RuleError(f"the rule gives shapes {shapes}, the op {wanted}")
+    return outputs
 
 
 def _unsupported(unknown: Mapping[str, tuple[str, list[Node]]]) -> str:
@@ -527,4 +539,3 @@ def _unsupported(unknown: Mapping[str, tuple[str, list[Node]]]) -> str:
         dims = " ".join(f"{c}!" for c in "bcxyzuvw"[:rank])
         lines.append(f"  add op({name!r}, '{dims} -> {dims}') to the rules, or leave it pinned: on_unknown='pin'")
     return "\n".join(lines)
-

@@ -82,14 +82,16 @@ class Plan:
         ]
         wrong += [f"group {name!r} is not in the plan" for name in sizes if name not in self.sizes]
         wrong += [
-            f"{name} is {list(self.shapes[name])} in the plan and {list(shapes.get(name, ())) or 'missing'} in the model"
+            f"{name} is {list(self.shapes[name])} in the plan, {list(shapes.get(name, ())) or 'missing'} in the model"
             for name in self.shapes
             if shapes.get(name) != self.shapes[name]
         ]
         if wrong:
             more = f"\n  and {len(wrong) - 4} more" if len(wrong) > 4 else ""
             raise PlanError(
-                "the plan was made for another model:\n  " + "\n  ".join(wrong[:4]) + more
+                "the plan was made for another model:\n  "
+                + "\n  ".join(wrong[:4])
+                + more
                 + "\nmake a new plan from this model's coupling: Plan.of(coupling, {...})"
             )
 
@@ -133,7 +135,11 @@ class Plan:
 
 
 def _valid(name: str, positions: Sequence[int], size: int) -> tuple[int, ...]:
-    """Kept positions, checked and in order."""
+    """Kept positions, checked and in order.
+
+    Raises:
+        PlanError: none, out of range, or repeated.
+    """
     given = [int(p) for p in (positions.tolist() if hasattr(positions, "tolist") else positions)]
     if not given:
         raise PlanError(f"group {name!r}: keeping none of {size} channels would cut the network; keep at least one")

@@ -104,7 +104,8 @@ def emit_verified(
     """The first emission that verifies; with `verify=False` the first that can be built.
 
     Raises:
-        RewriteError, VerificationError: the emitter asked for, or the last one, does not compute what it must.
+        RewriteError: the emitter asked for cannot carry out the plan.
+        VerificationError: the last emission does not compute what it must.
     """
     if not verify:
         return rewrite(model, inputs, coupling, plan, emit=emit), None

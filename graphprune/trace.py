@@ -62,7 +62,7 @@ class Inputs:
 def untouched(model: nn.Module) -> Iterator[None]:
     """Put `model` in eval mode for the block; afterwards its flags, attributes and the random state are as before."""
     modules = list(model.modules())
-    before = [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers)) for m in modules]
+    before = [(m, dict(vars(m)), [(t, dict(t)) for t in (m._parameters, m._buffers)]) for m in modules]
     fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
         with torch.random.fork_rng(devices=_cuda_devices(model)):
@@ -72,12 +72,13 @@ def untouched(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-        for module, attributes, parameters, buffers in before:
-            for held, saved in ((module._parameters, parameters), (module._buffers, buffers)):
-                held.clear()
-                held.update(saved)
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
+        for module, attributes, tables in before:
+            table: Any
+            for table, saved in tables:
+                table.clear()
+                table.update(saved)
+            vars(module).clear()
+            vars(module).update(attributes)
 
 
 def trace(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool = False) -> Program:
@@ -120,7 +121,11 @@ def output_tensors(output: Any) -> list[torch.Tensor]:
 
 
 def _check(model: object, inputs: Inputs) -> None:
-    """Refuse what no export can make sense of, with the advice that fits."""
+    """Refuse what no export can make sense of, with the advice that fits.
+
+    Raises:
+        InputError: the model or the inputs are not usable.
+    """
     if not isinstance(model, nn.Module):
         raise InputError(f"model is a {type(model).__name__}, not a torch.nn.Module; pass the module itself")
     if isinstance(model, torch.jit.ScriptModule):
@@ -141,9 +146,7 @@ def _export(model: nn.Module, inputs: Inputs, dynamic_batch: bool) -> torch.expo
         shapes = _batch_shapes(inputs) if dynamic else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.export.export(
-                model, inputs.args, dict(inputs.kwargs), dynamic_shapes=shapes, strict=False
-            )
+            return torch.export.export(model, inputs.args, dict(inputs.kwargs), dynamic_shapes=shapes, strict=False)
 
     try:
         return attempt(dynamic_batch)
@@ -157,8 +160,8 @@ def _export(model: nn.Module, inputs: Inputs, dynamic_batch: bool) -> torch.expo
         raise TraceError(_export_failure(model, error)) from error
 
 
-def _batch_shapes(inputs: Inputs) -> torch.export.ShapesCollection:
-    shapes = torch.export.ShapesCollection()
+def _batch_shapes(inputs: Inputs) -> Any:
+    shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
     for tensor in inputs.tensors():
         if tensor.dim():
             shapes[tensor] = {0: torch.export.Dim.AUTO}
@@ -272,7 +275,10 @@ class _Reader:
 
     def _alias_ties(self) -> None:
         """Names under which the model holds a tensor that the exporter listed once."""
-        named = (*self.model.named_parameters(remove_duplicate=False), *self.model.named_buffers(remove_duplicate=False))
+        named = (
+            *self.model.named_parameters(remove_duplicate=False),
+            *self.model.named_buffers(remove_duplicate=False),
+        )
         for name, tensor in named:
             value = self.state.get(id(tensor))
             if value is not None and value.target != name:
@@ -289,9 +295,8 @@ class _Reader:
         raise AssertionError(f"graph {prefix!r} has no output")
 
     def _call(self, node: torch.fx.Node, env: dict[torch.fx.Node, Any], prefix: str) -> Any:
-        args, kwargs = torch.fx.node.map_aggregate(
-            (node.args, node.kwargs), lambda a: env[a] if isinstance(a, torch.fx.Node) else a
-        )
+        args: Any
+        args, kwargs = pytree.tree_map_only(torch.fx.Node, env.__getitem__, (node.args, dict(node.kwargs)))
         if node.target is operator.getitem:
             return args[0][args[1]]
         if (inner := nested_graph(node.target, args)) is not None:

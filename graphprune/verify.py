@@ -246,7 +246,7 @@ def _check_not_nan(outputs: list[torch.Tensor]) -> None:
 
 
 def like(inputs: Inputs, seed: int) -> Inputs:
-    """Random inputs like the example: noise of the same mean and spread for floats, the same values shuffled for ints."""
+    """Random inputs like the example: noise of the same mean and spread for floats, ints in another order."""
     generator = torch.Generator().manual_seed(seed)
 
     def new(tensor: torch.Tensor) -> torch.Tensor:
@@ -340,7 +340,9 @@ def first_divergence(model: nn.Module, pruned: nn.Module, inputs: Inputs, coupli
         if not gap <= RAISED_TOLERANCE:
             code = f": `{node.code}`" if node.code else ""
             shapes = [list(t.shape) for t in given], [list(t.shape) for t in wanted]
-            apart = f"relative difference {gap:.2e}" if shapes[0] == shapes[1] else f"shapes {shapes[0]} and {shapes[1]}"
+            apart = (
+                f"relative difference {gap:.2e}" if shapes[0] == shapes[1] else f"shapes {shapes[0]} and {shapes[1]}"
+            )
             return f"they part at {node}{code} ({apart})"
     return "every op agrees on its own; they part in how the outputs are put together"
 

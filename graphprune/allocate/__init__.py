@@ -75,7 +75,11 @@ def _uniform(sizes: Mapping[str, int], fraction: float) -> dict[str, int]:
 
 
 def _search(sizes: Mapping[str, int], target: Target, coupling: Coupling) -> dict[str, int]:
-    """The widest uniform fraction whose cost does not exceed the target."""
+    """The widest uniform fraction whose cost does not exceed the target.
+
+    Raises:
+        TargetError: one channel per group costs more than that.
+    """
     cost = COSTS[target.name](coupling)
     whole = cost.at({})
     budget = target.value * whole

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from graphprune.axes import Atom, Axes, Axis
 from graphprune.coupling import Coupling
@@ -32,7 +33,7 @@ class Cost:
 
     def at(self, widths: Mapping[str, int]) -> int:
         """The cost when each group has the width given; a missing group keeps its size."""
-        memo: dict[Axis, int] = {}
+        memo: dict[Axis, Any] = {}
         by_atom = {self.atoms[name]: width for name, width in widths.items()}
         total = 0
         for product in self.products:

@@ -1,4 +1,4 @@
-"""Magnitude: the norm of every weight that goes with a channel (Li et al., Pruning Filters for Efficient ConvNets, 2017)."""
+"""Magnitude: the norm of the weights of a channel (Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Magnitude:
     Args:
         p: order of the norm, positive.
     Raises:
-        InputError: `p` is not positive, or the model's weights are on the meta device.
+        InputError: `p` is not positive.
 
     Example:
         >>> import graphprune as gp
@@ -34,7 +34,11 @@ class Magnitude:
             raise InputError(f"Magnitude(p={self.p}): the order of a norm is positive, such as 1 or 2")
 
     def __call__(self, model: nn.Module, coupling: Coupling) -> dict[str, torch.Tensor]:
-        """Score every channel of every group, in float64."""
+        """Score every channel of every group, in float64.
+
+        Raises:
+            InputError: a weight is on the meta device.
+        """
         parameters = dict(model.named_parameters(remove_duplicate=False))
         names = {atom: name for name, atom in coupling.atoms.items()}
         scores = {name: torch.zeros(atom.size, dtype=torch.float64) for name, atom in coupling.atoms.items()}
@@ -49,7 +53,11 @@ class Magnitude:
             power = weight.double().abs().pow(self.p)
             for d, places in found.items():
                 if places:
-                    along = power.sum(dim=[k for k in range(power.dim()) if k != d]).cpu() if power.dim() > 1 else power.cpu()
+                    along = (
+                        power.sum(dim=[k for k in range(power.dim()) if k != d]).cpu()
+                        if power.dim() > 1
+                        else power.cpu()
+                    )
                     for atom, at, of in places:
                         scores[names[atom]].index_add_(0, torch.from_numpy(of.copy()), along[torch.from_numpy(at)])
         return {name: score.pow(1 / self.p) for name, score in scores.items()}

@@ -51,6 +51,7 @@ def rewrite(
         emit: "module" for the same class, "graph" for a graph module, "auto" for the first of them that matches.
         matches: what is wrong with a candidate, empty if nothing; it decides between readings of ambiguous attributes.
     Raises:
+        InputError: `emit` is none of these.
         PlanError: the plan was made for another model.
         RewriteError: the emitter asked for cannot carry out this plan.
     """

@@ -82,7 +82,7 @@ class _Writer:
     def __init__(self, coupling: Coupling, plan: Plan) -> None:
         self.coupling = coupling
         self.widths: dict[Atom, int] = {coupling.atoms[n]: len(kept) for n, kept in plan.groups.items()}
-        self.memo: dict[Axis, int] = {}
+        self.memo: dict[Axis, Any] = {}
         self.values: Mapping[str, Value] = {v.name: v for v in coupling.dims}
         self.natural: dict[fx.Node, int] = {}
 
@@ -98,7 +98,8 @@ class _Writer:
             if node.op != "call_function":
                 continue
             args = tuple(
-                getattr(module, str(a.target)) if isinstance(a, fx.Node) and _is_body(module, a) else a for a in node.args
+                getattr(module, str(a.target)) if isinstance(a, fx.Node) and _is_body(module, a) else a
+                for a in node.args
             )
             if (inner := nested_graph(node.target, args)) is not None:
                 self.rewrite(inner[0], f"{prefix}{node.name}.")
@@ -148,7 +149,8 @@ class _Writer:
     def _compute(self, node: fx.Node, prefix: str) -> int:
         if node.target is torch.ops.aten.sym_size.int:
             source, dim = node.args
-            assert isinstance(source, fx.Node) and isinstance(dim, int)
+            assert isinstance(source, fx.Node)
+            assert isinstance(dim, int)
             value = self.values.get(prefix + source.name) or self.values[source.name]
             return self.width(self.coupling.dims[value][dim])
         if getattr(node.target, "__module__", "") in ("_operator", "operator", "math"):
@@ -157,7 +159,9 @@ class _Writer:
         val = node.meta.get("val")
         hint = val.node.hint if isinstance(val, torch.SymInt) else val
         if not isinstance(hint, int):
-            raise RewriteError(f"the size computed by {node.name} ({node.target}) cannot be rewritten; use emit='module'")
+            raise RewriteError(
+                f"the size computed by {node.name} ({node.target}) cannot be rewritten; use emit='module'"
+            )
         return hint
 
 

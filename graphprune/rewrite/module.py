@@ -67,11 +67,6 @@ def emit_module(model: nn.Module, coupling: Coupling, plan: Plan, matches: Calla
 # -- attributes of torch.nn modules ------------------------------------------------------------------------------
 
 
-def _shape(module: nn.Module, name: str = "weight") -> tuple[int, ...] | None:
-    found = getattr(module, name, None)
-    return None if found is None else tuple(found.shape)
-
-
 def _linear(m: nn.Linear) -> dict[str, Any]:
     return {"out_features": m.weight.shape[0], "in_features": m.weight.shape[1]}
 
@@ -125,7 +120,7 @@ def _set_torch_attributes(model: nn.Module) -> None:
     """Bring the size attributes of torch.nn modules in line with their weights."""
     for module in model.modules():
         for kind, attributes in _TORCH:
-            if isinstance(module, kind) and _shape(module) is not None or isinstance(module, kind) and kind is _TORCH[3][0]:
+            if isinstance(module, kind):
                 for name, value in attributes(module).items():
                     if hasattr(module, name) and getattr(module, name) != value:
                         setattr(module, name, value)

@@ -77,7 +77,7 @@ class Applied:
 class Rule(Protocol):
     """How one op ties the axes of its operands and outputs."""
 
-    def __call__(self, call: Call) -> Sequence[Dims]:
+    def __call__(self, call: Call, /) -> Sequence[Dims]:
         """State what `call` ties, through `call`; return the axes of each output."""
 
 
@@ -122,7 +122,11 @@ class Call:
 
     @property
     def first(self) -> Value:
-        """The first tensor argument."""
+        """The first tensor argument.
+
+        Raises:
+            RuleError: there is none.
+        """
         for value in self.node.values():
             return value
         raise RuleError(f"{self.node} has no tensor argument")

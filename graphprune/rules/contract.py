@@ -39,18 +39,20 @@ _MATMUL = {
     (2, 2): rule("*b m k, *b k n -> *b m n", macs="*b m k n", zero="a*b"),
 }
 
-_ATTENTION = {
-    "zero": "c",
-    "summand": "a*b",
-    "fixed": {"scale": ("e", lambda size: size**-0.5)},
-}
+_SCALE = {"scale": ("e", lambda size: size**-0.5)}
 _SDPA = rule(
-    "*b l! e, *b s! e, *b s! f, *b l! s!? -> *b l! f", macs="*b l s e + *b l s f", **_ATTENTION
+    "*b l! e, *b s! e, *b s! f, *b l! s!? -> *b l! f",
+    macs="*b l s e + *b l s f",
+    zero="c",
+    summand="a*b",
+    fixed=_SCALE,
 )
 _GROUPED_QUERY = rule(
     "*b (h r) l! e, *b h s! e, *b h s! f, *b (h r) l! s!? -> *b (h r) l! f",
     macs="*b h r l s e + *b h r l s f",
-    **_ATTENTION,
+    zero="c",
+    summand="a*b",
+    fixed=_SCALE,
 )
 
 
@@ -76,8 +78,8 @@ def einsum(call: Call) -> Sequence[Dims]:
     """The equation of an einsum is a rule."""
     equation = str(call["equation"]).replace(" ", "")
     if "->" not in equation:
-        letters = sorted({c for c in equation if c.isalpha() and equation.count(c) == 1})
-        equation += "->" + ("..." if "..." in equation else "") + "".join(letters)
+        once = sorted({c for c in equation if c.isalpha() and equation.count(c) == 1})
+        equation += "->" + ("..." if "..." in equation else "") + "".join(once)
     left, right = equation.split("->")
     names = {c: c if c.islower() else f"{c.lower()}0" for c in equation if c.isalpha()}
 
@@ -93,7 +95,11 @@ def einsum(call: Call) -> Sequence[Dims]:
 
 @function("convolution")
 def convolution(call: Call) -> Sequence[Dims]:
-    """The general form that other front ends may leave in a graph."""
+    """The general form that other front ends may leave in a graph.
+
+    Raises:
+        RuleError: more than three spatial dims.
+    """
     spaces = len(call.dims(call["weight"])) - 2
     if spaces not in _SPACES:
         raise RuleError(f"convolution over {spaces} spatial dims has no rule")

@@ -14,7 +14,11 @@ from graphprune.rules.registry import function, table
 
 
 def _picked(call: Call, dims: Dims, indices: Sequence[Value | None]) -> tuple[list[int], int, list[Axis]]:
-    """Pin the indexed dims; return them, where the index dims go in the result, and the axes of the index."""
+    """Pin the indexed dims; return them, where the index dims go in the result, and the axes of the index.
+
+    Raises:
+        RuleError: a mask.
+    """
     given = [(d, v) for d, v in enumerate(indices) if v is not None]
     if any(v.dtype in (torch.bool, torch.uint8) for _, v in given):
         raise RuleError(f"indexing with a mask, whose result depends on its values, has no rule, in {call.node}")

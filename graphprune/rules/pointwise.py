@@ -11,7 +11,8 @@ from graphprune.rules.text import rule
 
 ZERO_TO_ZERO = """
     relu relu6 leaky_relu gelu silu mish tanh hardswish elu selu celu rrelu softsign
-    sin tan asin atan sinh asinh expm1 log1p erf neg negative abs absolute square sqrt sign sgn floor ceil round trunc frac
+    sin tan asin atan sinh asinh expm1 log1p erf neg negative abs absolute square sqrt
+    sign sgn floor ceil round trunc frac
     dropout feature_dropout alpha_dropout feature_alpha_dropout native_dropout
     clone contiguous alias detach to _to_copy lift_fresh_copy lift_fresh type_as nan_to_num positive real imag conj
     resolve_conj resolve_neg deg2rad rad2deg hardshrink softshrink tanhshrink float double half bool int long

@@ -70,9 +70,15 @@ def _runs(wide: list[Axis], slots: list[int], shape: Sequence[int]) -> Iterator[
         yield ins, places
 
 
-@function("view reshape _unsafe_view flatten squeeze unsqueeze view_as reshape_as ravel atleast_1d atleast_2d atleast_3d")
+@function(
+    "view reshape _unsafe_view flatten squeeze unsqueeze view_as reshape_as ravel atleast_1d atleast_2d atleast_3d"
+)
 def reshape(call: Call) -> Sequence[Dims]:
-    """Any change of shape that keeps the row-major order."""
+    """Any change of shape that keeps the row-major order.
+
+    Raises:
+        RuleError: this overload has no rule.
+    """
     if call.has("dtype"):
         raise RuleError(f"a view under another dtype has no rule, in {call.node}")
     out = reshaped(call, call.dims(call.first), call.shape)
@@ -180,7 +186,11 @@ def repeat(call: Call) -> Sequence[Dims]:
 
 @function("repeat_interleave")
 def repeat_interleave(call: Call) -> Sequence[Dims]:
-    """Each position repeated in place: positions first, then copies."""
+    """Each position repeated in place: positions first, then copies.
+
+    Raises:
+        RuleError: this overload has no rule.
+    """
     times = _int(call["repeats"])
     if times is None or call["dim"] is None:
         raise RuleError(f"repeat_interleave with a tensor of counts, or over all dims, has no rule, in {call.node}")
@@ -400,7 +410,9 @@ def _filled(zero: bool) -> Callable[[Call], Sequence[Dims]]:
     return apply
 
 
-@function("arange linspace logspace eye rand randn randint randperm bartlett_window hann_window scalar_tensor tensor one_hot")
+@function(
+    "arange linspace logspace eye rand randn randint randperm bartlett_window hann_window scalar_tensor tensor one_hot"
+)
 def positions(call: Call) -> Sequence[Dims]:
     """Tensors whose positions mean something."""
     return [tuple(call.pinned(size, f"{call.node.op} makes it") for size in v.shape) for v in call.node.outputs]

@@ -17,59 +17,17 @@ counts as 0, and as 1 if its letter carries `?`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 from graphprune.axes import Atom, Axis, Prod, Sum
 from graphprune.errors import RuleError
 from graphprune.rules.call import Call, Dims, operand_values
+from graphprune.rules.grammar import Factor, Formula, Name, Nest, Operand, Token, count, flat, formula, names, operands
 
-Mark = Literal["", "!", "~"]
 Key: TypeAlias = tuple[str, int]
 """A name and, for `*names`, the position from the right."""
-
-
-@dataclass(frozen=True)
-class Name:
-    """One name of a pattern; `star` stands for any number of dims."""
-
-    letter: str
-    mark: Mark = ""
-    star: bool = False
-
-
-@dataclass(frozen=True)
-class Nest:
-    """Names in round brackets (a product) or square brackets (a sum): one dim."""
-
-    parts: tuple[Name | Nest, ...]
-    total: bool
-
-
-Token: TypeAlias = Name | Nest
-
-
-@dataclass(frozen=True)
-class Operand:
-    """The dims of one tensor."""
-
-    tokens: tuple[Token, ...]
-    optional: bool = False
-
-
-@dataclass(frozen=True)
-class Factor:
-    """An operand inside a `zero` formula; `neutral` makes an absent one count as 1 instead of 0."""
-
-    operand: int
-    neutral: bool
-
-
-Formula: TypeAlias = tuple[tuple[Factor, ...], ...]
-
-_TOKEN = re.compile(r"\*?[a-z][a-z0-9_]*[!~]?|[()\[\]]")
 
 
 @dataclass(frozen=True)
@@ -97,7 +55,7 @@ class TextRule:
     summand: Formula
     fixed: Mapping[str, tuple[str, Any]]
 
-    def __call__(self, call: Call, **sizes: int) -> Sequence[Dims]:
+    def __call__(self, call: Call, /, **sizes: int) -> Sequence[Dims]:
         """State what the pattern ties in this call; `sizes` gives letters that no single dim shows."""
         return _Match(self, call, sizes).apply()
 
@@ -134,17 +92,19 @@ def rule(
     left, arrow, right = text.partition("->")
     if not arrow or "->" in right:
         raise RuleError(f"{text!r}: a rule has one '->' between operands and outputs")
-    inputs = tuple(_operand(part, text) for part in _split(left, text))
-    outputs = tuple(_operand(part, text) for part in _split(right, text))
-    counted = _count(inputs + outputs)
+    inputs = operands(left, text)
+    outputs = operands(right, text)
+    counted = count(inputs + outputs)
     for letter, (uses, marked) in counted.items():
         if checked and uses == 1 and not marked:
-            raise RuleError(f"{text!r}: {letter!r} is used once; mark it {letter}! (positions matter) or {letter}~ (summed)")
+            raise RuleError(
+                f"{text!r}: {letter!r} is used once; mark it {letter}! (positions matter) or {letter}~ (summed)"
+            )
     for letter in arguments:
         if letter not in counted:
             raise RuleError(f"{text!r}: {letter}={arguments[letter]!r} names a letter that the pattern does not have")
-    products = tuple(tuple(_names(product, text)) for product in macs.split("+") if product.strip())
-    for name in (*_names(statistics, text), *(n for product in products for n in product)):
+    products = tuple(tuple(names(product, text)) for product in macs.split("+") if product.strip())
+    for name in (*names(statistics, text), *(n for product in products for n in product)):
         if name.letter not in counted:
             raise RuleError(f"{text!r}: {name.letter!r} in statistics or macs is not in the pattern")
     return TextRule(
@@ -152,94 +112,12 @@ def rule(
         inputs=inputs,
         outputs=outputs,
         arguments=dict(arguments),
-        statistics=tuple(_names(statistics, text)),
+        statistics=tuple(names(statistics, text)),
         macs=products,
-        zero=_formula(zero, len(inputs), text),
-        summand=_formula(zero if summand is None else summand, len(inputs), text),
+        zero=formula(zero, len(inputs), text),
+        summand=formula(zero if summand is None else summand, len(inputs), text),
         fixed=dict(fixed or {}),
     )
-
-
-# -- parsing -----------------------------------------------------------------------------------------------------
-
-
-def _split(side: str, text: str) -> list[str]:
-    parts = [part.strip() for part in side.split(",")]
-    if parts == [""]:
-        return [""] if side.strip() == "" else parts
-    return parts
-
-
-def _operand(part: str, text: str) -> Operand:
-    optional = part.endswith("?")
-    tokens, rest = _tokens(_lex(part.removesuffix("?"), text), text, closing=None)
-    assert not rest, rest
-    if sum(isinstance(t, Name) and t.star for t in tokens) > 2:
-        raise RuleError(f"{text!r}: an operand can have two *names at the most")
-    return Operand(tokens, optional)
-
-
-def _lex(part: str, text: str) -> list[str]:
-    words = _TOKEN.findall(part)
-    if "".join(words) != re.sub(r"\s", "", part):
-        raise RuleError(f"{text!r}: cannot read {part.strip()!r}; names are lower case, marks are ! ~ and ?")
-    return words
-
-
-def _tokens(words: list[str], text: str, closing: str | None) -> tuple[tuple[Token, ...], list[str]]:
-    out: list[Token] = []
-    while words:
-        word, words = words[0], words[1:]
-        if word in "([":
-            parts, words = _tokens(words, text, closing=")" if word == "(" else "]")
-            out.append(Nest(parts, total=word == "["))
-        elif word in ")]":
-            if word != closing:
-                raise RuleError(f"{text!r}: {word!r} closes nothing")
-            return tuple(out), words
-        else:
-            out.append(_name(word))
-    if closing is not None:
-        raise RuleError(f"{text!r}: a bracket is not closed, {closing!r} is missing")
-    return tuple(out), []
-
-
-def _name(word: str) -> Name:
-    mark: Mark = "!" if word.endswith("!") else "~" if word.endswith("~") else ""
-    return Name(word.strip("*!~"), mark, word.startswith("*"))
-
-
-def _names(words: str, text: str) -> list[Name]:
-    return [_name(word) for word in _lex(words, text)]
-
-
-def _flat(tokens: Sequence[Token]) -> list[Name]:
-    return [n for t in tokens for n in ([t] if isinstance(t, Name) else _flat(t.parts))]
-
-
-def _count(operands: Sequence[Operand]) -> dict[str, tuple[int, bool]]:
-    counted: dict[str, tuple[int, bool]] = {}
-    for operand in operands:
-        for name in _flat(operand.tokens):
-            uses, marked = counted.get(name.letter, (0, False))
-            counted[name.letter] = (uses + 1, marked or name.mark != "")
-    return counted
-
-
-def _formula(text: str, operands: int, rule_text: str) -> Formula:
-    """`a*b? + c` as terms of factors; the term `1` has no factor, the empty text no term (always zero)."""
-    terms = []
-    for term in filter(None, (t.strip() for t in text.split("+"))):
-        factors = []
-        for factor in (f.strip() for f in term.split("*")):
-            if factor == "1":
-                continue
-            index = ord(factor[0]) - ord("a")
-            if factor[1:] not in ("", "?") or not 0 <= index < operands:
-                raise RuleError(f"{rule_text!r}: zero={text!r} names operand {factor!r}; they are a, b, c, ..")
-            factors.append(Factor(index, factor.endswith("?")))
-        terms.append(tuple(factors))
-    return tuple(terms)
 
 
 # -- applying ----------------------------------------------------------------------------------------------------
@@ -264,6 +142,11 @@ class _Match:
                 self.given[letter] = value
 
     def apply(self) -> list[Dims]:
+        """State everything the pattern says of this call; return the axes of its outputs.
+
+        Raises:
+            RuleError: the pattern does not fit.
+        """
         rule, call = self.rule, self.call
         for position, (operand, value) in enumerate(zip(rule.inputs, self.values, strict=False)):
             if value is not None:
@@ -276,7 +159,9 @@ class _Match:
         ]
         self._state()
         call.zero = [
-            tuple(i == 0 and axis.size > 1 and self._zero(keys, rule.zero) for axis, keys in zip(dims, keyed, strict=True))
+            tuple(
+                i == 0 and axis.size > 1 and self._zero(keys, rule.zero) for axis, keys in zip(dims, keyed, strict=True)
+            )
             for i, (dims, keyed) in enumerate(zip(outputs, self.written, strict=True))
         ]
         return outputs
@@ -284,7 +169,11 @@ class _Match:
     # -- operands
 
     def _spread(self, tokens: tuple[Token, ...], rank: int) -> list[tuple[Token, int]]:
-        """One token per dim, with the position from the right inside a *name (0 for the others)."""
+        """One token per dim, with the position from the right inside a *name (0 for the others).
+
+        Raises:
+            RuleError: the number of dims does not fit.
+        """
         stars = [t for t in tokens if isinstance(t, Name) and t.star]
         free = rank - (len(tokens) - len(stars))
         unknown = [s for s in stars if s.letter not in self.rank]
@@ -320,7 +209,7 @@ class _Match:
             held = self.found.get(key)
             self.found[key] = axis if held is None else self.call.unify(held, axis)
             return
-        if axis.size == 1 and any(self.found.get((n.letter, 0), axis).size > 1 for n in _flat([token])):
+        if axis.size == 1 and any(self.found.get((n.letter, 0), axis).size > 1 for n in flat([token])):
             return
         parts = self._nest(token, axis.size)
         made: Axis = Sum(*parts) if token.total else Prod(*parts)
@@ -331,20 +220,24 @@ class _Match:
         else:
             self.call.unify(axis, wide[0] if whole else made)
         if axis.size > 1:
-            for name in _flat([token]):
+            for name in flat([token]):
                 self.places.setdefault((name.letter, 0), []).append(place)
 
     def _fresh(self, token: Nest, atom: Axis) -> bool:
         """Whether `atom` was made for this very token, so that the dim's own axis can stand for it."""
-        return any(self.found[(n.letter, 0)] is atom and (n.letter, 0) not in self.places for n in _flat([token]))
+        return any(self.found[(n.letter, 0)] is atom and (n.letter, 0) not in self.places for n in flat([token]))
 
     def _rename(self, token: Nest, atom: Axis, axis: Axis) -> None:
-        for name in _flat([token]):
+        for name in flat([token]):
             if self.found[(name.letter, 0)] is atom:
                 self.found[(name.letter, 0)] = axis
 
     def _nest(self, token: Nest, size: int) -> list[Axis]:
-        """The axes of the parts of a bracket whose size is known; one part may be unknown so far."""
+        """The axes of the parts of a bracket whose size is known; one part may be unknown so far.
+
+        Raises:
+            RuleError: the sizes do not fit, or more than one is unknown.
+        """
         sizes = [self._size(p) for p in token.parts]
         unknown = [i for i, s in enumerate(sizes) if s is None]
         rest = 0 if token.total else 1
@@ -394,7 +287,7 @@ class _Match:
                 parts = self._nest(token, size)
                 wide = [p for p in parts if p.size != (0 if token.total else 1)]
                 axis = wide[0] if len(wide) == 1 else Sum(*parts) if token.total else Prod(*parts)
-                keys = [(n.letter, 0) for n in _flat([token])]
+                keys = [(n.letter, 0) for n in flat([token])]
             if axis.size != size:
                 raise RuleError(
                     f"{self.rule.text!r} gives dim {d} the size {axis.size}, but it is {size} in {self.call.node}"
@@ -417,7 +310,7 @@ class _Match:
     def _state(self) -> None:
         """Pins, literals, statistics, multiply-adds and sums."""
         rule, call = self.rule, self.call
-        names = _flat([t for o in (*rule.inputs, *rule.outputs) for t in o.tokens])
+        names = flat([t for o in (*rule.inputs, *rule.outputs) for t in o.tokens])
         for name in {n.letter: n for n in names if n.mark == "!"}.values():
             for axis in self._axes(name):
                 call.pin(axis, f"its positions matter to {call.node.op}")
