@@ -42,11 +42,13 @@ class Atom:
 class Prod:
     """Row-major pairs of positions: the last factor varies fastest."""
 
-    __slots__ = ("factors", "size")
+    __slots__ = ("factors", "only", "size")
 
     def __init__(self, *factors: Axis) -> None:
         self.factors = factors
         self.size: int = math.prod(f.size for f in factors)
+        wide = [f for f in factors if f.size != 1]
+        self.only: Axis | None = wide[0] if len(wide) == 1 else None
 
     def __repr__(self) -> str:
         return f"Prod({', '.join(map(repr, self.factors))})"
@@ -55,11 +57,13 @@ class Prod:
 class Sum:
     """Index sets laid one after the other."""
 
-    __slots__ = ("size", "terms")
+    __slots__ = ("only", "size", "terms")
 
     def __init__(self, *terms: Axis) -> None:
         self.terms = terms
         self.size: int = sum(t.size for t in terms)
+        wide = [t for t in terms if t.size != 0]
+        self.only: Axis | None = wide[0] if len(wide) == 1 else None
 
     def __repr__(self) -> str:
         return f"Sum({', '.join(map(repr, self.terms))})"
@@ -168,14 +172,19 @@ class Axes:
     # -- folds ---------------------------------------------------------------------------------------------------
 
     def find(self, axis: Axis) -> Axis:
-        """The representative of `axis`: a free atom, or the expression its atom is bound to."""
-        if not isinstance(axis, Atom):
-            return axis
+        """The representative of `axis`: a free atom, or an expression of at least two parts."""
         path = []
-        while isinstance(axis, Atom) and axis in self._bound:
-            path.append(axis)
-            axis = self._bound[axis]
-        for atom in path[:-1]:
+        while True:
+            if isinstance(axis, Atom):
+                if axis not in self._bound:
+                    break
+                path.append(axis)
+                axis = self._bound[axis]
+            elif axis.only is not None:
+                axis = axis.only
+            else:
+                break
+        for atom in path:
             self._bound[atom] = axis
         return axis
 
@@ -420,8 +429,8 @@ def _placed(
 
 
 def _prod(factors: list[Axis]) -> Axis:
-    factors = [f for f in factors if f.size != 1]
-    return factors[0] if len(factors) == 1 else Prod(*factors)
+    wide = [f for f in factors if f.size != 1] or factors[:1]
+    return wide[0] if len(wide) == 1 else Prod(*wide)
 
 
 def _sum(terms: list[Axis]) -> Axis:

@@ -202,6 +202,8 @@ class _Masked:
         for literal in applied.literals:
             name, *index = literal.path
             size = int(self.mask(literal.axis).sum())
+            if literal.path[0] not in given:
+                continue
             if index:
                 items = list(given[str(name)])
                 items[int(index[0])] = size

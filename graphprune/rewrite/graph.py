@@ -112,8 +112,9 @@ class _Writer:
 
     def _node(self, graph: fx.Graph, node: fx.Node, applied: Applied, prefix: str) -> None:
         replacement = applied.replacement
-        if replacement and any(self.width(x.axis) != x.axis.size for x in replacement.literals):
-            target = getattr(torch.ops.aten, replacement.op).default
+        if replacement and any(self.width(axis) != axis.size for axis in replacement.axes):
+            name, overload = replacement.op.split(".")
+            target = getattr(getattr(torch.ops.aten, name), overload)
             names = [a.name for a in target._schema.arguments]
             node.args = tuple(node.args[0] if n == "self" else replacement.arguments[n] for n in names)
             node.kwargs, node.target = {}, target
@@ -137,7 +138,7 @@ class _Writer:
                 scaled = graph.call_function(operator.mul, (given, new))
                 given = graph.call_function(operator.floordiv, (scaled, natural))
             _set(node, literal.path, given)
-        elif new != literal.axis.size and given != -1:
+        elif given is not None and given != new:
             _set(node, literal.path, new)
 
     def _natural(self, node: fx.Node, prefix: str) -> int:

@@ -138,8 +138,10 @@ def _options(small: nn.Module, coupling: Coupling, plan: Plan) -> dict[Slot, lis
             for slot in _holding(small, path, old):
                 values = options.setdefault(slot, [])
                 values.extend(n for n in news if n not in values)
-                if old in unchanged.get(path, ()):
+                if old in unchanged.get(path, ()) or slot.attribute in _RARELY_SIZES:
                     values.append(old)
+                    if slot.attribute in _RARELY_SIZES:
+                        values.reverse()
     return {slot: list(dict.fromkeys([*values, _read(small, slot)])) for slot, values in options.items()}
 
 
@@ -181,13 +183,11 @@ def _holding(small: nn.Module, path: str, old: int) -> list[Slot]:
         path = path.rpartition(".")[0]
 
 
-_NOT_SIZES = frozenset({"training", "dim", "axis", "padding_idx", "stride", "padding", "kernel_size", "dilation"})
+_RARELY_SIZES = frozenset({"dim", "axis", "padding_idx", "stride", "padding", "kernel_size", "dilation"})
 
 
 def _ints(attributes: Mapping[str, Any], value: int) -> Iterator[tuple[str, int | None]]:
     for name, held in attributes.items():
-        if name in _NOT_SIZES:
-            continue
         if type(held) is int and held == value:
             yield name, None
         elif isinstance(held, (tuple, list)) and not hasattr(held, "_fields"):

@@ -38,11 +38,19 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Replacement:
-    """The op to call instead once `axes` are no longer of equal width (`chunk` becomes `split_with_sizes`)."""
+    """The op to call instead once one of `axes` changes (`chunk` becomes `split_with_sizes`).
+
+    Attributes:
+        op: ATen name with overload, such as "split_with_sizes.default".
+        arguments: all of its arguments.
+        literals: which of them are sizes.
+        axes: what it depends on.
+    """
 
     op: str
     arguments: Mapping[str, Any]
     literals: tuple[Literal, ...]
+    axes: tuple[Axis, ...]
 
 
 @dataclass(frozen=True)

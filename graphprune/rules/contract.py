@@ -63,6 +63,19 @@ def matmul(call: Call) -> Sequence[Dims]:
     return _MATMUL[min(left, 2), min(right, 2)](call)
 
 
+_ADDED = {"addmm": "m n", "baddbmm": "b m n"}
+
+
+@function("addmm baddbmm")
+def added(call: Call) -> Sequence[Dims]:
+    """A matrix product on top of a tensor that is broadcast to it."""
+    letters = _ADDED[call.node.op.removesuffix("_")].split()
+    rank = len(call.dims(call["self"]))
+    batch = " ".join(letters[:-2])
+    text = f"{' '.join(letters[len(letters) - rank :])}, {batch} m k, {batch} k n -> {batch} m n"
+    return rule(text, macs=f"{batch} m k n", zero="a + b*c")(call)
+
+
 @function("scaled_dot_product_attention")
 def attention(call: Call) -> Sequence[Dims]:
     """Attention; with `enable_gqa` each key/value head serves a run of query heads."""
@@ -117,8 +130,6 @@ CONTRACT = table(
     op("mv", "m k, k -> m", macs="m k", zero="a*b"),
     op("dot vdot", "k, k -> ", macs="k", zero="a*b"),
     op("outer ger", "m, n -> m n", zero="a*b"),
-    op("addmm", "*s, m k, k n -> m n", macs="m k n", zero="a + b*c", checked=False),
-    op("baddbmm", "*s, b m k, b k n -> b m n", macs="b m k n", zero="a + b*c", checked=False),
     op("embedding", "v! d, *i -> *i d", zero="a"),
     module=globals(),
 )

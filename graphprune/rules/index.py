@@ -33,7 +33,7 @@ def _picked(call: Call, dims: Dims, indices: Sequence[Value | None]) -> tuple[li
     return where, where[0] if adjacent else 0, index
 
 
-@function("index index_copy_")
+@function("index")
 def index(call: Call) -> Sequence[Dims]:
     """`x[i, :, j]`: indexed dims give way to those of the index."""
     dims, zeros = call.dims(call["self"]), call.zeros(call["self"])
@@ -55,6 +55,8 @@ def index_put(call: Call) -> Sequence[Dims]:
     gone, at, made = _picked(call, dims, call["indices"])
     rest = [d for d in range(len(dims)) if d not in gone]
     picked = [*(dims[d] for d in rest if d < at), *made, *(dims[d] for d in rest if d >= at)]
+    for axis in made:
+        call.pin(axis, "index_put lists positions along it")
     values = call.dims(call["values"])
     for a, b in zip(reversed(picked), reversed(values), strict=False):
         call.unify(a, b)

@@ -5,23 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from graphprune.program import Value
 from graphprune.rules.call import Call, Dims, operand_values
 from graphprune.rules.registry import function, op, table
 from graphprune.rules.text import rule
 
 ZERO_TO_ZERO = """
-    relu relu6 leaky_relu gelu silu mish tanh hardswish elu selu celu rrelu softsign
-    sin tan asin atan sinh asinh expm1 log1p erf neg negative abs absolute square sqrt
+    relu relu6 leaky_relu gelu silu mish tanh hardswish elu selu celu rrelu
+    sin tan asin atan sinh asinh atanh expm1 log1p erf erfinv neg negative abs absolute square sqrt
     sign sgn floor ceil round trunc frac
-    dropout feature_dropout alpha_dropout feature_alpha_dropout native_dropout
-    clone contiguous alias detach to _to_copy lift_fresh_copy lift_fresh type_as nan_to_num positive real imag conj
-    resolve_conj resolve_neg deg2rad rad2deg hardshrink softshrink tanhshrink float double half bool int long
+    dropout feature_dropout alpha_dropout feature_alpha_dropout
+    clone contiguous alias detach to _to_copy lift_fresh_copy lift_fresh type_as nan_to_num positive real conj
+    resolve_conj resolve_neg deg2rad rad2deg hardshrink softshrink isnan isinf
 """
 NOT_ZERO = """
-    sigmoid hardsigmoid log_sigmoid exp exp2 softplus log log2 log10 logit cos cosh acos acosh reciprocal rsqrt erfc
-    erfinv digamma lgamma logical_not bitwise_not isnan isinf isfinite ones_like full_like rand_like randn_like
-    empty_like bernoulli atanh special_expit native_sigmoid
+    sigmoid hardsigmoid log_sigmoid exp exp2 softplus cos cosh acos erfc logical_not bitwise_not isfinite
+    ones_like full_like rand_like randn_like empty_like special_expit
 """
+SINGULAR = "log log2 log10 logit reciprocal rsqrt digamma lgamma acosh"
 
 _ZERO = rule("*s -> *s", zero="a")
 _NOT_ZERO = rule("*s -> *s", zero="1")
@@ -33,18 +34,11 @@ _BINARY = {
     "subtract": "a + b",
     "mul": "a*b",
     "multiply": "a*b",
-    "div": "a",
-    "divide": "a",
-    "true_divide": "a",
-    "floor_divide": "a",
-    "fmod": "a",
-    "remainder": "a",
     "maximum": "a + b",
     "minimum": "a + b",
     "fmax": "a + b",
     "fmin": "a + b",
     "copysign": "a",
-    "atan2": "a",
     "hypot": "a + b",
     "logical_and": "a*b",
     "logical_or": "a + b",
@@ -74,13 +68,52 @@ def _number(value: Any, otherwise: float) -> float:
     return float(value) if isinstance(value, (int, float)) else otherwise
 
 
+def _not_finite(call: Call) -> None:
+    """Pin the dims along which the last operand holds zeros: the op is not finite there, and 0 times that is not 0."""
+    value = [v for v in operand_values(call.node) if v is not None][-1]
+    for axis, zero in zip(call.dims(value), call.zeros(value), strict=True):
+        if zero:
+            call.pin(axis, f"{call.node.op} is not finite at the zeros of its removed channels")
+
+
+@function(SINGULAR)
+def singular(call: Call) -> Sequence[Dims]:
+    """Not finite at 0."""
+    _not_finite(call)
+    return _NOT_ZERO(call)
+
+
+_QUOTIENT = rule("*s, *s -> *s", zero="a")
+_PLUS_QUOTIENT = rule("*s, *s, *s -> *s", zero="a + b")
+
+
+@function("div divide true_divide floor_divide fmod remainder atan2")
+def quotient(call: Call) -> Sequence[Dims]:
+    """0 divided by anything but 0."""
+    if sum(v is not None for v in operand_values(call.node)) == 2:
+        _not_finite(call)
+    return _QUOTIENT(call)
+
+
+@function("addcdiv")
+def plus_quotient(call: Call) -> Sequence[Dims]:
+    """a + b / c."""
+    _not_finite(call)
+    return _PLUS_QUOTIENT(call)
+
+
 @function("pow")
 def power(call: Call) -> Sequence[Dims]:
-    """0 ** p is 0 for a positive number p."""
-    tensors = [v for v in operand_values(call.node) if v is not None]
-    if len(tensors) == 2:
-        return rule("*s, *s -> *s")(call)
-    return (_ZERO if _number(call["exponent"], -1.0) > 0 and len(tensors) == 1 else _NOT_ZERO)(call)
+    """0 ** p is 0 for a positive number p, and not finite for a negative one."""
+    if isinstance(call["exponent"], Value):
+        return _OF_TWO(call)
+    exponent = call["exponent"]
+    if isinstance(exponent, (int, float)) and exponent < 0:
+        return singular(call)
+    return (_ZERO if _number(exponent, -1.0) > 0 else _NOT_ZERO)(call)
+
+
+_OF_TWO = rule("*s?, *s -> *s")
 
 
 @function("clamp clip clamp_min clamp_max hardtanh")
@@ -107,7 +140,7 @@ POINTWISE = table(
     *(op(name, "*s, *s -> *s", zero=zero) for name, zero in _BINARY.items()),
     op("where", "*s, *s?, *s? -> *s", zero="b + c"),
     op("addcmul", "*s, *s, *s -> *s", zero="a + b*c"),
-    op("addcdiv", "*s, *s, *s -> *s", zero="a + b"),
+    op("native_dropout", "*s -> *s, *s", zero="a"),
     op("lerp", "*s, *s, *s? -> *s", zero="a + b"),
     op("prelu", "b c *s, c -> b c *s", zero="a"),
     op("threshold", _if(lambda call: _number(call["threshold"], -1.0) >= 0 and call["value"] == 0)),

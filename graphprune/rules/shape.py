@@ -81,10 +81,17 @@ def reshape(call: Call) -> Sequence[Dims]:
     """
     if call.has("dtype"):
         raise RuleError(f"a view under another dtype has no rule, in {call.node}")
-    out = reshaped(call, call.dims(call.first), call.shape)
+    dims = call.dims(call.first)
+    out = reshaped(call, dims, call.shape)
     for name in ("size", "shape"):
         if isinstance(call[name], (list, tuple)):
             _sizes(call, name, out)
+    if isinstance(call["other"], Value):
+        for axis, like in zip(out, call.dims(call["other"]), strict=True):
+            call.unify(axis, like)
+    if call.node.op.startswith("squeeze") and not call.has("dim"):
+        gone = [d for d, axis in enumerate(dims) if axis.size == 1]
+        call.replacement = Replacement("squeeze.dims", {"self": call["self"], "dim": gone}, (), dims)
     return [out]
 
 
@@ -278,9 +285,10 @@ def split(call: Call) -> Sequence[Dims]:
             call.literal(Sum(*parts[: k + 1]), "indices", k)
         return outputs
     call.replacement = Replacement(
-        "split_with_sizes",
+        "split_with_sizes.default",
         {"self": call["self"], "split_sizes": [p.size for p in parts], "dim": dim},
         tuple(Literal(("split_sizes", k), part) for k, part in enumerate(parts)),
+        tuple(parts),
     )
     return outputs
 
@@ -410,12 +418,16 @@ def _filled(zero: bool) -> Callable[[Call], Sequence[Dims]]:
     return apply
 
 
-@function(
-    "arange linspace logspace eye rand randn randint randperm bartlett_window hann_window scalar_tensor tensor one_hot"
-)
+@function("arange linspace logspace eye rand randn randint randperm bartlett_window hann_window scalar_tensor")
 def positions(call: Call) -> Sequence[Dims]:
     """Tensors whose positions mean something."""
     return [tuple(call.pinned(size, f"{call.node.op} makes it") for size in v.shape) for v in call.node.outputs]
+
+
+@function("one_hot")
+def one_hot(call: Call) -> Sequence[Dims]:
+    """Numbers as unit vectors."""
+    return [(*call.dims(call.first), call.pinned(call.shape[-1], "one_hot makes it"))]
 
 
 @function("tril triu")

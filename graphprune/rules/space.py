@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from graphprune.rules.registry import op, table
+import math
+from collections.abc import Sequence
+
+from graphprune.rules.call import Call, Dims
+from graphprune.rules.registry import function, op, table
+from graphprune.rules.text import rule
 
 _IN = {1: "x!", 2: "x! y!", 3: "x! y! z!"}
 _OUT = {1: "u!", 2: "u! v!", 3: "u! v! w!"}
@@ -12,8 +17,8 @@ def _ops(names: str, n: int) -> str:
     return " ".join(name.format(n=n) for name in names.split())
 
 
-_POOL = "max_pool{n}d avg_pool{n}d adaptive_avg_pool{n}d lp_pool{n}d reflection_pad{n}d replication_pad{n}d"
-_POOL_WITH_INDEX = "adaptive_max_pool{n}d max_pool{n}d_with_indices fractional_max_pool{n}d"
+_POOL = "max_pool{n}d avg_pool{n}d adaptive_avg_pool{n}d reflection_pad{n}d replication_pad{n}d"
+_POOL_WITH_INDEX = "adaptive_max_pool{n}d max_pool{n}d_with_indices"
 _RESIZE = {1: "linear", 2: "bilinear bicubic", 3: "trilinear"}
 
 
@@ -22,9 +27,18 @@ def _resize(n: int) -> str:
     nearest = [f"nearest{n}d", f"nearest_exact{n}d"]
     return " ".join(
         [f"upsample_{k}" for k in (*smooth, nearest[0])]
-        + [f"_upsample_{k}_aa" for k in smooth]
+        + [f"_upsample_{k}_aa" for k in smooth if n == 2]
         + [f"_upsample_{nearest[1]}"]
     )
+
+
+_FOLD = rule("*b (c k!) l! -> *b c x! y!", zero="a")
+
+
+@function("col2im")
+def fold(call: Call) -> Sequence[Dims]:
+    """Patches back to an image; the taps of a patch vary faster than its channel."""
+    return _FOLD(call, k=math.prod(call["kernel_size"]))
 
 
 SPACE = table(
@@ -36,5 +50,5 @@ SPACE = table(
     op("pixel_unshuffle", "*b c x! y! -> *b (c r! s!) u! v!", r="downscale_factor", s="downscale_factor", zero="a"),
     op("channel_shuffle native_channel_shuffle", "b (g c) *s -> b (c g) *s", g="groups", zero="a"),
     op("im2col", "*b c x! y! -> *b (c k!) l!", zero="a"),
-    op("col2im", "*b (c k!) l! -> *b c x! y!", zero="a"),
+    module=globals(),
 )

@@ -1,0 +1,10 @@
+"""Shared by all tests: torchvision's operators where its build lacks them, and one thread per process."""
+
+from __future__ import annotations
+
+import torch
+
+from tests import shim
+
+shim.install()
+torch.set_num_threads(2)
