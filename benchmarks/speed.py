@@ -311,7 +311,11 @@ def measure_scaling(family: Callable[[int], nn.Module], depths: Sequence[int], r
     points = [{"depth": d, "slots": sizes[d], "params": parameters(models[d])} | clocks[d].record() for d in depths]
     whole = [s for s in STEPS if all("median_s" in point[s] for point in points)]
     slopes = {
-        step: {by: slope([p[by] for p in points], [p[step]["median_s"] for p in points]) for by in ("depth", "slots")}
+        step: {
+            f"{by}, {of}": slope([p[by] for p in points], [p[step][f"{of}_s"] for p in points])
+            for by in ("depth", "slots")
+            for of in ("median", "min")
+        }
         for step in whole
     }
     return {"input": list(x.shape), "points": points, "slopes": slopes}
@@ -497,10 +501,15 @@ def faster_text(models: Mapping[str, Record]) -> list[str]:
 
 def scaling_text(scaling: Mapping[str, Record]) -> list[str]:
     """Times by depth and the slopes fitted to them."""
-    lines = ["## Growth with depth", "", "Slopes are exponents k of time ~ size**k over the depths shown.", ""]
+    lines = [
+        "## Growth with depth",
+        "",
+        "Slopes are exponents k of time ~ size**k, fitted to the medians and to the minima.",
+        "",
+    ]
     for name, found in scaling.items():
         rows = [[p["depth"], p["slots"], p["params"], *(cell(p.get(s)) for s in STEPS)] for p in found["points"]]
-        for by in ("depth", "slots"):
+        for by in ("depth, median", "depth, min", "slots, median", "slots, min"):
             fitted = (f"{found['slopes'][s][by]:.2f}" if s in found["slopes"] else "-" for s in STEPS)
             rows.append([f"slope by {by}", "", "", *fitted])
         lines += [f"### {name}", "", *table(["depth", "slots", "params", *STEPS], rows), ""]

@@ -12,7 +12,7 @@ import networkx as nx
 import numpy as np
 
 from graphprune.axes import Atom, Axes, Axis, Mask, Pin
-from graphprune.errors import RuleError, UnknownName, UnsupportedOp, nearest
+from graphprune.errors import InputError, RuleError, UnknownName, UnsupportedOp, nearest
 from graphprune.program import Node, Program, Value
 from graphprune.rules import RULES, Applied, Call, Dims, Rule, find
 from graphprune.rules.call import operand_values
@@ -260,6 +260,7 @@ def couple(
         keep_names: parameters, buffers or modules whose widths must stay.
         rules: op name to rule; extend with `RULES | op(...)`.
     Raises:
+        InputError: `norms` or `on_unknown` is none of these.
         UnsupportedOp: `on_unknown="error"` and ops without a rule; all of them are listed.
         UnknownName: a name in `keep_names` is not in the model.
 
@@ -270,9 +271,9 @@ def couple(
         [('0', 8)]
     """
     if norms not in ("pin", "prune"):
-        raise UnknownName(f"norms={norms!r}; it is 'pin' or 'prune'")
+        raise InputError(f"norms={norms!r}; it is 'pin' or 'prune'")
     if on_unknown not in ("pin", "error"):
-        raise UnknownName(f"on_unknown={on_unknown!r}; it is 'pin' or 'error'")
+        raise InputError(f"on_unknown={on_unknown!r}; it is 'pin' or 'error'")
     keep_names = (keep_names,) if isinstance(keep_names, str) else tuple(keep_names)
     builder = _Builder(program, rules)
     builder.keep(keep_names)
@@ -459,7 +460,7 @@ def _names(first: Mapping[Atom, tuple[Value, int]], dims: Mapping[Value, Dims], 
     names: dict[Atom, str] = {}
     taken: set[str] = set()
     for atom, (value, d) in first.items():
-        base = value.target.removesuffix(".weight") or value.name
+        base = value.target.removesuffix(".weight").removesuffix(".bias") or value.name
         if len(value.shape) > 1 and d > 0:
             base = f"{base}.dim{d}"
         name = base + _part(atom, dims[value][d], axes)

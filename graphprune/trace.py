@@ -102,7 +102,7 @@ def trace(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool = False)
     _register_dataclasses((inputs.args, dict(inputs.kwargs)))
     with untouched(model), torch.no_grad():
         exported = _export(model, inputs, dynamic_batch)
-    return _Reader(model, exported, dynamic_batch).read()
+    return _Reader(model, exported).read()
 
 
 def run(model: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
@@ -223,8 +223,8 @@ def _cuda_devices(model: nn.Module) -> list[int]:
 class _Reader:
     """Reads one exported program into values and nodes; calls into nested graphs are followed in place."""
 
-    def __init__(self, model: nn.Module, exported: torch.export.ExportedProgram, dynamic_batch: bool) -> None:
-        self.model, self.exported, self.dynamic_batch = model, exported, dynamic_batch
+    def __init__(self, model: nn.Module, exported: torch.export.ExportedProgram) -> None:
+        self.model, self.exported = model, exported
         self.nodes: list[Node] = []
         self.state: dict[Any, Value] = {}
         self.aliases: dict[str, str] = {}
@@ -246,7 +246,7 @@ class _Reader:
             outputs=tuple(v for v in outputs if isinstance(v, Value)),
             nodes=tuple(self.nodes),
             unused=tuple(v.target for v in self.state.values() if id(v) not in read),
-            dynamic_batch=self.dynamic_batch,
+            dynamic_batch=any(_is_open(n.meta.get("val")) for n in placeholders),
             source=self.exported,
         )
 
@@ -383,6 +383,12 @@ def _hint(size: Any) -> int:
         hint = size.node.hint
         return 1 if hint is None else int(hint)
     return int(size)
+
+
+def _is_open(val: Any) -> bool:
+    """Whether the first dim of an input is left open; the exporter closes it where the model fixes its size."""
+    first = val.shape[0] if isinstance(val, torch.Tensor) and val.dim() else 0
+    return isinstance(first, torch.SymInt) and first.node.maybe_as_int() is None
 
 
 def _module_path(node: torch.fx.Node) -> str:

@@ -1,4 +1,4 @@
-"""Shared by all tests: torchvision's operators where its build lacks them, and one thread: tiny tensors gain nothing from more."""
+"""Shared by all tests: torchvision's operators where its build lacks them; one thread, tiny tensors gain from no more."""
 
 from __future__ import annotations
 

@@ -57,7 +57,8 @@ def _with_open_batch(model: nn.Module, inputs: Inputs, coupling: Coupling) -> tu
             again = coupling.again(trace(model, attempt, dynamic_batch=True))
         except GraphpruneError:
             continue
-        if [(g.name, g.size) for g in again.groups] == [(g.name, g.size) for g in coupling.groups]:
+        alike = [(g.name, g.size) for g in again.groups] == [(g.name, g.size) for g in coupling.groups]
+        if alike and again.program.dynamic_batch:
             return again, ""
     return coupling, f"the batch size stays {min(sizes, default=1)}, the model cannot be traced with an open one"
 

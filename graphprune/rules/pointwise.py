@@ -97,7 +97,7 @@ def quotient(call: Call) -> Sequence[Dims]:
 
 @function("addcdiv")
 def plus_quotient(call: Call) -> Sequence[Dims]:
-    """a + b / c."""
+    """A + b / c."""
     _not_finite(call)
     return _PLUS_QUOTIENT(call)
 

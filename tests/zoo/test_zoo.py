@@ -7,12 +7,12 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import graphprune as gp
 import pytest
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+import graphprune as gp
 from tests.nets import CifarResNet, UNet, randomised
 
 images = functools.partial(torch.rand, generator=torch.Generator().manual_seed(0))
@@ -74,7 +74,7 @@ ZOO: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
 }
 
 GRAPH = {"shufflenet_v2_x1_0", "vit_b_16", "swin_t", "deit_tiny"}
-"""Networks whose own Python fixes a size that a random half changes; the report must say what stopped the same class."""
+"""Networks whose own Python fixes a size that a random half changes; the report must say what stopped the class."""
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -87,7 +87,7 @@ def test_half_of_every_group_goes_and_the_outputs_are_those_of_the_zeroed_origin
     )
     check, report = result.report.verification, result.report
     with capsys.disabled():
-        print(
+        print(  # noqa: T201 - one line per network
             f"\n{name:<20} {len(report.groups):>3} groups, {report.costs['params'].kept:.3f} of the parameters, "
             f"{report.costs['macs'].kept:.3f} of the MACs, {report.emitter:<6} error {check.error:.1e}",
             end="",

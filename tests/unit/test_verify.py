@@ -1,0 +1,156 @@
+"""The proof can fail: every way of being wrong is caught and located."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import graphprune as gp
+from graphprune.verify import difference, like, run_zeroed, zeroed
+from tests.nets import CifarResNet, randomised
+
+
+@pytest.fixture
+def pruned():
+    torch.manual_seed(0)
+    model, x = randomised(CifarResNet(1)), torch.rand(2, 3, 32, 32)
+    return model, x, gp.prune(model, x, target=gp.Target(channels=0.5))
+
+
+def broken(model, change):
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        change(other)
+    return other
+
+
+BREAKS = {
+    "a weight": (lambda m: m.layer2[0].conv2.weight.mul_(1.01), r"they part at conv2d in layer2.0.conv2 \(nets.py:\d+\)"),
+    "a bias of a norm": (lambda m: m.layer3[0].bn1.bias.add_(0.01), r"they part at batch_norm in layer3.0.bn1"),
+    "a statistic": (lambda m: m.bn1.running_var.mul_(1.1), r"they part at batch_norm in bn1"),
+    "the classifier": (lambda m: m.linear.weight.add_(1e-3), r"they part at linear in linear"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_a_broken_model_is_caught_and_the_first_op_that_differs_is_named(pruned, name):
+    model, x, result = pruned
+    change, where = BREAKS[name]
+    with pytest.raises(gp.VerificationError, match=where):
+        gp.verify(model, broken(result.model, change), x, result.coupling, result.plan)
+
+
+def test_the_dense_original_does_not_pass_for_the_zeroed_one(pruned):
+    model, x, result = pruned
+    with pytest.raises(gp.VerificationError, match="they part at conv2d in conv1"):
+        gp.verify(model, model, x, result.coupling, result.plan)
+
+
+def test_a_model_pruned_by_another_plan_is_caught(pruned):
+    model, x, result = pruned
+    other = gp.prune(model, x, target=gp.Target(channels=0.5), importance=gp.importance.Random(9))
+    with pytest.raises(gp.VerificationError, match="differs from the zeroed original"):
+        gp.verify(model, other.model, x, result.coupling, result.plan)
+
+
+def test_a_plan_that_removes_nothing_has_no_effect_and_the_report_says_so(pruned):
+    model, x, _ = pruned
+    result = gp.prune(model, x, target=gp.Target(channels=1.0))
+    assert result.plan.removed == 0
+    assert (result.report.verification.effect, result.report.verification.error) == (0, 0)
+    assert "this proves nothing" in str(result.report)
+
+
+def test_a_wrong_rule_cannot_get_past_the_proof():
+    model = nn.Sequential(nn.Linear(3, 6), nn.Softmax(-1), nn.Linear(6, 2)).eval()
+    x = torch.rand(4, 3)
+    wrong = {**gp.RULES, **gp.op("softmax", "*s -> *s", zero="a")}
+    coupling = gp.couple(gp.trace(model, x), rules=wrong)
+    plan = gp.Plan.of(coupling, {"0": [0, 1, 2]})
+    small = gp.rewrite(model, x, coupling, plan).model
+    with pytest.raises(gp.VerificationError, match="they part at softmax in 1"):
+        gp.verify(model, small, x, coupling, plan)
+
+
+def test_zeroing_touches_removed_slices_and_nothing_else(pruned):
+    model, _, result = pruned
+    state = zeroed(model, result.plan)
+    assert set(state) == set(result.plan.kept)
+    for name, tensor in state.items():
+        original = dict((*model.named_parameters(), *model.named_buffers()))[name]
+        stays = torch.ones(tensor.shape, dtype=torch.bool)
+        for dim, kept in result.plan.kept[name].items():
+            gone = torch.tensor(sorted(set(range(tensor.shape[dim])) - set(kept.tolist())))
+            stays.index_fill_(dim, gone, False)
+        assert torch.equal(tensor, torch.where(stays, original.detach(), 0))
+        assert not stays.all()
+
+
+def test_nan_outputs_are_an_error_unless_verification_is_off():
+    class Nan(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.last(self.first(x).relu()) / (x.sum() * 0)
+
+    model, x = Nan().eval(), torch.rand(4, 3)
+    with torch.no_grad():
+        assert not model(x).isfinite().any()
+    model.last.bias.data.fill_(float("nan"))
+    with pytest.raises(gp.VerificationError, match=r"output 0 of the original model holds NaN.*verify=False"):
+        gp.prune(model, x, target=gp.Target(channels=0.5))
+    assert gp.prune(model, x, target=gp.Target(channels=0.5), verify=False).model.first.out_features == 3
+
+
+def test_renormalised_groups_are_checked_against_masked_statistics():
+    torch.manual_seed(0)
+    model = randomised(nn.Sequential(nn.Linear(3, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 2)))
+    x = torch.rand(5, 3)
+    result = gp.prune(model, x, target=gp.Target(channels=0.5), norms="prune")
+    assert result.model[1].normalized_shape == (4,)
+    assert result.report.verification.error < 1e-9
+    kept = list(result.plan.groups["0"])
+    h = model[0](x)[:, kept]
+    h = nn.functional.layer_norm(h, [4], model[1].weight[kept], model[1].bias[kept])
+    torch.testing.assert_close(result.model(x), nn.functional.linear(h.relu(), model[3].weight[:, kept], model[3].bias))
+    plain = run_zeroed(model, result.plan, gp.Inputs((x,)))[0]
+    assert not torch.allclose(plain, result.model(x), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("got", "want", "error"),
+    [
+        ([torch.tensor([1.0, 2.0])], [torch.tensor([1.0, 2.0])], 0.0),
+        ([torch.tensor([1.0, 2.5])], [torch.tensor([1.0, 2.0])], 0.25),
+        ([torch.zeros(2)], [torch.zeros(2)], 0.0),
+        ([torch.full((2,), 0.5)], [torch.zeros(2)], 0.5),
+        ([torch.zeros(2)], [torch.zeros(3)], float("inf")),
+        ([torch.zeros(2)], [torch.zeros(2), torch.zeros(2)], float("inf")),
+        ([torch.tensor([float("nan")])], [torch.tensor([1.0])], float("inf")),
+        ([torch.tensor([float("inf")])], [torch.tensor([float("inf")])], 0.0),
+        ([torch.tensor([1])], [torch.tensor([2])], 0.5),
+        ([torch.tensor([True])], [torch.tensor([False])], 1.0),
+    ],
+)
+def test_differences_are_relative_and_anything_odd_is_infinite(got, want, error):
+    assert difference(got, want) == error
+
+
+def test_fresh_inputs_are_like_the_example_and_not_the_same():
+    example = gp.Inputs((torch.rand(500) * 4 + 10, torch.arange(500)), {"flag": True})
+    fresh = like(example, seed=1)
+    assert abs(fresh.args[0].mean() - example.args[0].mean()) < 0.5
+    assert not torch.equal(fresh.args[0], example.args[0])
+    assert sorted(fresh.args[1].tolist()) == list(range(500))
+    assert not torch.equal(fresh.args[1], example.args[1])
+    assert fresh.kwargs["flag"] is True
+
+
+def test_a_model_with_nothing_to_remove_is_refused_with_the_causes():
+    with pytest.raises(gp.PlanError, match=r"(?s)Linear has no channels that may be removed.*the model's output 0"):
+        gp.prune(nn.Linear(3, 2), torch.rand(1, 3), target=gp.Target(channels=0.5))

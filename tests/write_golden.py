@@ -1,0 +1,20 @@
+"""Write the golden files anew: `python -m tests.write_golden`; read the diff before committing it."""
+
+from __future__ import annotations
+
+import torch
+
+from tests.nets import Attention, CifarResNet, DenseBlock, UNet
+from tests.unit.test_coupling import GOLDEN, coupled, lines
+
+NETS = {
+    "cifar_resnet20": lambda: (CifarResNet(3), torch.rand(1, 3, 32, 32)),
+    "unet": lambda: (UNet(), torch.rand(1, 3, 16, 16)),
+    "dense_block": lambda: (DenseBlock(3), torch.rand(1, 3, 8, 8)),
+    "attention": lambda: (Attention(), torch.rand(2, 7, 30)),
+}
+
+if __name__ == "__main__":
+    for name, build in NETS.items():
+        model, example = build()
+        (GOLDEN / f"{name}.txt").write_text("\n".join(lines(coupled(model, example))) + "\n")
