@@ -16,8 +16,7 @@ from graphprune.plan import Plan
 from graphprune.report import Report, report
 from graphprune.rewrite import Emit, Rewritten, rewrite
 from graphprune.trace import Inputs, trace
-from graphprune.verify import Verification, matcher
-from graphprune.verify import verify as compare
+from graphprune.verify import Bench, Verification
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,14 +108,14 @@ def emit_verified(
     """
     if not verify:
         return rewrite(model, inputs, coupling, plan, emit=emit), None
-    matches = matcher(model, inputs, coupling, plan)
-    rewritten = rewrite(model, inputs, coupling, plan, emit=emit, matches=matches)
+    bench = Bench(model, inputs, coupling, plan)
+    rewritten = rewrite(model, inputs, coupling, plan, emit=emit, problem=bench.problem)
     try:
-        return rewritten, compare(model, rewritten.model, inputs, coupling, plan)
+        return rewritten, bench.compare(rewritten.model)
     except VerificationError as error:
         if emit != "auto" or rewritten.emitter == "graph":
             raise
         reason = f"the same class does not verify: {error}".splitlines()[0]
     rewritten = rewrite(model, inputs, coupling, plan, emit="graph")
-    verification = compare(model, rewritten.model, inputs, coupling, plan)
+    verification = bench.compare(rewritten.model)
     return Rewritten(rewritten.model, "graph", "; ".join(filter(None, (reason, rewritten.reason)))), verification

@@ -9,6 +9,7 @@ normalisations see only the kept positions.
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,12 +28,10 @@ from graphprune.rewrite.state import held
 from graphprune.rules import Applied
 from graphprune.trace import Inputs, output_tensors, run, trace, untouched
 
-TOLERANCE: Mapping[torch.dtype, float] = {torch.float64: 1e-9, torch.float32: 1e-4}
-"""Largest relative error accepted, by the dtype of the model's own weights."""
-RAISED_TOLERANCE = 1e-5
-"""The same for a float32 or half-precision model verified in float64, parts of which may still compute in float32."""
+TOLERANCE: Mapping[str, float] = {"float64": 1e-9, "float64 with parts in float32": 1e-5, "float32": 1e-4}
+"""Largest relative error accepted, by the precision compared in. Models run in float64 where they can."""
 RAISED_LIMIT = 200_000_000
-"""Models with more parameters than this are verified in the precision they have."""
+"""Models with more parameters than this are compared in the precision they have."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Verification:
         effect: how far the zeroed original is from the dense one, in the same measure; 0 means that the channels
             removed had no effect on these inputs, so the comparison could not have failed.
         tolerance: what `error` had to stay below.
-        precision: dtype the comparison ran in.
+        precision: what the comparison ran in, a key of `TOLERANCE`.
         inputs: how many sets of inputs were compared.
     """
 
@@ -70,44 +69,102 @@ def verify(
         VerificationError: an output differs by more than the tolerance, the message naming the first op at which the
             two runs part; or the original returns NaN, so there is nothing to compare with.
     """
-    bench = _bench(model, pruned, Inputs.of(example_inputs))
-    reference = _reference(bench.model, coupling, plan)
-    error = effect = 0.0
-    sets = [bench.inputs, *(like(bench.inputs, seed) for seed in range(fresh))]
-    for given in sets:
-        dense, want = run(bench.model, given), reference(given)
-        _check_not_nan(dense)
-        error = max(error, difference(run(bench.pruned, given), want))
-        effect = max(effect, difference(want, dense))
-        if not error <= bench.tolerance:
-            where = first_divergence(bench.model, bench.pruned, given, coupling, plan)
-            raise VerificationError(
-                f"the pruned model differs from the zeroed original by {error:.2e} (tolerance {bench.tolerance:.0e})\n"
-                f"  {where}\n"
-                "this is a defect of graphprune or of a rule that was added; please report it with the model. "
-                "keep_names=[...] keeps the part concerned whole; verify=False skips the check"
-            )
-    return Verification(error, effect, bench.tolerance, bench.precision, len(sets))
+    return Bench(model, Inputs.of(example_inputs), coupling, plan).compare(pruned, fresh=fresh)
 
 
-Matches = Callable[[nn.Module], str]
+class Bench:
+    """One zeroed original, to hold any number of candidates against.
 
+    Args:
+        model: the original; a copy is raised to float64 if it is small enough and runs there.
+        inputs: example inputs.
+        coupling, plan: what is removed.
+    """
 
-def matcher(model: nn.Module, example_inputs: Any, coupling: Coupling, plan: Plan) -> Matches:
-    """A quick check on the example inputs alone, for choosing between candidates: what is wrong, empty if nothing."""
-    inputs = full_precision(Inputs.of(example_inputs))
-    want = _reference(in_full_precision(model), coupling, plan)(inputs)
-    tolerance = TOLERANCE[torch.float32]
+    def __init__(self, model: nn.Module, inputs: Inputs, coupling: Coupling, plan: Plan) -> None:
+        self.raised, self.model, self.inputs = _raised(model, inputs)
+        self._original, self._coupling, self.plan = model, coupling, plan
+        renormalised = bool(_Masked(coupling, plan).nodes)
+        self._reference = _reference(self.model, self.coupling if renormalised else coupling, plan)
+        self._wanted: dict[int, list[torch.Tensor]] = {}
 
-    def matches(candidate: nn.Module) -> str:
+    @functools.cached_property
+    def coupling(self) -> Coupling:
+        """The coupling of the model that is run: its trace states dtypes, so a raised copy needs one of its own."""
+        if self.model is self._original:
+            return self._coupling
+        return self._coupling.again(trace(self.model, self.inputs))
+
+    def problem(self, candidate: nn.Module) -> str:
+        """What is wrong with a candidate's outputs on the example inputs; empty if nothing."""
         try:
-            gap = difference(run(in_full_precision(candidate), inputs), want)
-        except Exception as error:
-            text = next(iter(str(error).splitlines()), "")
-            return f"{type(error).__name__}: {text}"
-        return "" if gap <= tolerance else f"its output is off by {gap:.1e}"
+            error = difference(run(self._like(candidate), self.inputs), self._want(0))
+        except Exception as raised:
+            return f"{type(raised).__name__}: {next(iter(str(raised).splitlines()), '')}"
+        return "" if error <= self._tolerance(error)[1] else f"its output is off by {error:.1e}"
 
-    return matches
+    def compare(self, pruned: nn.Module, *, fresh: int = 1) -> Verification:
+        """Hold `pruned` against the zeroed original on the example inputs and on fresh ones; see `verify`.
+
+        Raises:
+            VerificationError: they differ, or there is nothing to compare with.
+        """
+        pruned = self._like(pruned)
+        error = effect = 0.0
+        for k in range(1 + fresh):
+            given, want = self._inputs(k), self._want(k)
+            dense = run(self.model, given)
+            _check_not_nan(dense)
+            error = max(error, difference(run(pruned, given), want))
+            effect = max(effect, difference(want, dense))
+            precision, tolerance = self._tolerance(error)
+            if not error <= tolerance:
+                where = first_divergence(self.model, pruned, given, self.coupling, self.plan, tolerance)
+                raise VerificationError(
+                    f"the pruned model differs from the zeroed original by {error:.2e} (tolerance {tolerance:.0e})\n"
+                    f"  {where}\n"
+                    "this is a defect of graphprune or of a rule that was added; please report it with the model. "
+                    "keep_names=[...] keeps the part concerned whole; verify=False skips the check"
+                )
+        return Verification(error, effect, tolerance, precision, 1 + fresh)
+
+    def _inputs(self, k: int) -> Inputs:
+        return like(self.inputs, k) if k else self.inputs
+
+    def _want(self, k: int) -> list[torch.Tensor]:
+        if k not in self._wanted:
+            self._wanted[k] = self._reference(self._inputs(k))
+        return self._wanted[k]
+
+    def _like(self, candidate: nn.Module) -> nn.Module:
+        """The candidate in the precision compared in."""
+        return _copy(candidate).double() if self.raised else in_full_precision(candidate)
+
+    def _tolerance(self, error: float) -> tuple[str, float]:
+        """The precision compared in, and what it allows; only an error that needs it has the model looked into."""
+        precision = "float64" if self.raised or _is_double(self.model) else "float32"
+        if self.raised and error > TOLERANCE[precision] and self._rough:
+            precision = "float64 with parts in float32"
+        return precision, TOLERANCE[precision]
+
+    @functools.cached_property
+    def _rough(self) -> bool:
+        """Whether the raised model still rounds to float32 somewhere.
+
+        Its weights are scaled by 1, 1 + s and 1 + 2s with s = 1e-9. In float64 the outputs follow in a straight line,
+        up to s squared; rounding to float32 leaves steps a thousand times larger.
+        """
+        parameters = {n: t for n, t in held(self.model) if t.is_floating_point()}
+
+        def scaled(by: float) -> list[torch.Tensor]:
+            state = {name: tensor.detach() * by for name, tensor in parameters.items()}
+            with untouched(self.model), torch.no_grad():
+                args, kwargs = self.inputs.args, dict(self.inputs.kwargs)
+                outputs = output_tensors(torch.func.functional_call(self.model, state, args, kwargs))
+            return [o.to(torch.complex128 if o.is_complex() else torch.float64) for o in outputs]
+
+        once, twice, thrice = (scaled(1 + k * 1e-9) for k in range(3))
+        return difference([a + c for a, c in zip(once, thrice, strict=True)], [2 * b for b in twice]) > 1e-12
 
 
 # -- the reference -----------------------------------------------------------------------------------------------
@@ -267,41 +324,26 @@ def like(inputs: Inputs, seed: int) -> Inputs:
 _HALF = (torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True)
-class _Bench:
-    """Both models and the inputs, in the precision they are compared in."""
-
-    model: nn.Module
-    pruned: nn.Module
-    inputs: Inputs
-    tolerance: float
-    precision: str
-
-
-def _bench(model: nn.Module, pruned: nn.Module, inputs: Inputs) -> _Bench:
-    """Raise both models to float64 where they are small enough and run there."""
-    dtypes = {t.dtype for _, t in held(model) if t.is_floating_point()}
-    size = sum(p.numel() for p in model.parameters())
-    if dtypes - {torch.float64} and size <= RAISED_LIMIT:
+def _raised(model: nn.Module, inputs: Inputs) -> tuple[bool, nn.Module, Inputs]:
+    """Model and inputs to compare with, and whether they were raised to float64."""
+    if not _is_double(model) and sum(p.numel() for p in model.parameters()) <= RAISED_LIMIT:
         try:
-            raised = _copy(model).double(), _copy(pruned).double(), inputs.map(_to_double)
-            run(raised[0], raised[2])
-            return _Bench(*raised, RAISED_TOLERANCE, "float64")
+            raised, doubled = _copy(model).double(), inputs.map(lambda t: t.double() if t.is_floating_point() else t)
+            run(raised, doubled)
+            return True, raised, doubled
         except Exception:  # some models fix float32 in their code; they are compared as they are
             pass
-    tolerance = TOLERANCE[torch.float64] if dtypes == {torch.float64} else TOLERANCE[torch.float32]
-    precision = "float64" if dtypes == {torch.float64} else "float32"
-    return _Bench(in_full_precision(model), in_full_precision(pruned), full_precision(inputs), tolerance, precision)
+    return False, in_full_precision(model), full_precision(inputs)
+
+
+def _is_double(model: nn.Module) -> bool:
+    return {t.dtype for _, t in held(model) if t.is_floating_point()} == {torch.float64}
 
 
 def _copy(model: nn.Module) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, on copying the signature of a graph module
         return copy.deepcopy(model)
-
-
-def _to_double(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def in_full_precision(model: nn.Module) -> nn.Module:
@@ -319,7 +361,9 @@ def full_precision(inputs: Inputs) -> Inputs:
 # -- where two runs part -----------------------------------------------------------------------------------------
 
 
-def first_divergence(model: nn.Module, pruned: nn.Module, inputs: Inputs, coupling: Coupling, plan: Plan) -> str:
+def first_divergence(
+    model: nn.Module, pruned: nn.Module, inputs: Inputs, coupling: Coupling, plan: Plan, tolerance: float
+) -> str:
     """A sentence naming the first op whose values differ between the zeroed original and the pruned model."""
     try:
         other = trace(pruned, inputs)
@@ -339,7 +383,7 @@ def first_divergence(model: nn.Module, pruned: nn.Module, inputs: Inputs, coupli
         wanted = [masked.gather(w, coupling.dims[v]) for w, v in zip(results, node.outputs, strict=False)]
         given = list(got) if isinstance(got, (tuple, list)) else [got]
         gap = difference(given, wanted)
-        if not gap <= RAISED_TOLERANCE:
+        if not gap <= tolerance:
             code = f": `{node.code}`" if node.code else ""
             shapes = [list(t.shape) for t in given], [list(t.shape) for t in wanted]
             apart = (

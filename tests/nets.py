@@ -14,7 +14,7 @@ def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
         for parameter in model.parameters():
             if parameter.dim() < 2 or not parameter.any():
                 parameter.uniform_(0.3, 1.0, generator=generator)
-            elif parameter.std() < 1e-3:
+            elif parameter.std(correction=0) < 1e-3:
                 parameter.normal_(0, 0.1, generator=generator)
         for name, buffer in model.named_buffers():
             if name.endswith("running_mean"):

@@ -40,7 +40,7 @@ def rewrite(
     plan: Plan,
     *,
     emit: Emit = "auto",
-    matches: Callable[[nn.Module], str] = lambda candidate: "",
+    problem: Callable[[nn.Module], str] = lambda candidate: "",
 ) -> Rewritten:
     """Build the smaller module.
 
@@ -48,8 +48,8 @@ def rewrite(
         model: the original; not modified.
         example_inputs: as for `trace`.
         coupling, plan: what to remove.
-        emit: "module" for the same class, "graph" for a graph module, "auto" for the first of them that matches.
-        matches: what is wrong with a candidate, empty if nothing; it decides between readings of ambiguous attributes.
+        emit: "module" for the same class, "graph" for a graph module, "auto" for the first of them without a problem.
+        problem: what is wrong with a candidate, empty if nothing; it decides between readings of ambiguous attributes.
     Raises:
         InputError: `emit` is none of these.
         PlanError: the plan was made for another model.
@@ -62,7 +62,7 @@ def rewrite(
     reason = ""
     if emit != "graph":
         try:
-            return Rewritten(emit_module(model, coupling, plan, matches), "module", "")
+            return Rewritten(emit_module(model, coupling, plan, problem), "module", "")
         except RewriteError as error:
             reason = f"the same class does not work: {error}"
             if emit == "module":

@@ -38,30 +38,30 @@ class Slot:
         return f"{owner}.{self.attribute}" + ("" if self.index is None else f"[{self.index}]")
 
 
-def emit_module(model: nn.Module, coupling: Coupling, plan: Plan, matches: Callable[[nn.Module], str]) -> nn.Module:
+def emit_module(model: nn.Module, coupling: Coupling, plan: Plan, problem: Callable[[nn.Module], str]) -> nn.Module:
     """A deep copy of `model`, same class, with the plan carried out.
 
     Args:
         model: the original; not modified.
         coupling, plan: what to remove.
-        matches: what is wrong with a candidate's outputs, empty if nothing.
+        problem: what is wrong with a candidate's outputs, empty if nothing.
     Raises:
         RewriteError: no reading of the attributes computes what the zeroed original computes; the message says why.
     """
     small: nn.Module = copy.deepcopy(model, dict(replacements(model, plan)))
     _set_torch_attributes(small)
     options = _options(small, coupling, plan)
-    problem = ""
+    first = ""
     for tried, choice in enumerate(_choices(options)):
         if tried == TRIES:
             break
         for slot, value in choice.items():
             _write(small, slot, value)
-        found = matches(small)
+        found = problem(small)
         if not found:
             return small
-        problem = problem or found
-    raise RewriteError(problem)
+        first = first or found
+    raise RewriteError(first)
 
 
 # -- attributes of torch.nn modules ------------------------------------------------------------------------------

@@ -154,3 +154,55 @@ def test_fresh_inputs_are_like_the_example_and_not_the_same():
 def test_a_model_with_nothing_to_remove_is_refused_with_the_causes():
     with pytest.raises(gp.PlanError, match=r"(?s)Linear has no channels that may be removed.*the model's output 0"):
         gp.prune(nn.Linear(3, 2), torch.rand(1, 3), target=gp.Target(channels=0.5))
+
+
+class Rounds(nn.Module):
+    """Fixes float32 in the middle of its code, as many norms do."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        h = self.first(x)
+        h = h.float().tanh().sin().to(h.dtype)
+        return self.last(h.float().to(h.dtype))
+
+
+def test_a_small_error_in_float64_is_an_error():
+    torch.manual_seed(0)
+    model, x = randomised(CifarResNet(1)), torch.rand(2, 3, 32, 32)
+    result = gp.prune(model, x, target=gp.Target(channels=0.5))
+    with pytest.raises(gp.VerificationError, match=r"\(tolerance 1e-09\)"):
+        gp.verify(
+            model, broken(result.model, lambda m: m.linear.weight.mul_(1 + 1e-7)), x, result.coupling, result.plan
+        )
+
+
+def test_a_model_that_rounds_to_float32_inside_is_allowed_its_rounding_and_no_more():
+    torch.manual_seed(0)
+    model, x = Rounds().eval(), torch.rand(4, 3)
+    result = gp.prune(model, x, target=gp.Target(channels=0.5))
+    noisy = broken(result.model, lambda m: m.last.weight.mul_(1 + 1e-6))
+    check = gp.verify(model, noisy, x, result.coupling, result.plan)
+    assert (check.precision, check.tolerance) == ("float64 with parts in float32", 1e-5)
+    with pytest.raises(gp.VerificationError, match=r"\(tolerance 1e-05\)"):
+        gp.verify(model, broken(result.model, lambda m: m.last.weight.mul_(1 + 1e-4)), x, result.coupling, result.plan)
+
+
+def test_a_wrong_attention_scale_is_caught_although_it_hardly_shows():
+    class Faint(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.proj, self.dim = nn.Linear(6, 24), nn.Linear(8, 6), 8
+            nn.init.normal_(self.qkv.weight, std=1e-3)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).reshape(2, 5, 3, 1, -1).permute(2, 0, 3, 1, 4)
+            y = nn.functional.scaled_dot_product_attention(q, k, v)
+            return self.proj(y.transpose(1, 2).flatten(2))
+
+    torch.manual_seed(0)
+    result = gp.prune(Faint().eval(), torch.rand(2, 5, 6), target=gp.Target(channels=0.5))
+    assert result.report.emitter == "graph"
+    assert result.report.verification.error < 1e-9
