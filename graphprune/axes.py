@@ -24,6 +24,8 @@ import numpy.typing as npt
 
 Mask: TypeAlias = npt.NDArray[np.bool_]
 Positions: TypeAlias = npt.NDArray[np.intp]
+Places: TypeAlias = tuple[int, Positions, Positions]
+"""Size of an axis, positions in it, and what occurs there."""
 T = TypeVar("T")
 
 
@@ -248,32 +250,26 @@ class Axes:
 
         return self._fold(axis, of_atom, math.prod, add, {} if memo is None else memo)  # type: ignore[arg-type]
 
-    def places(self, axis: Axis) -> list[tuple[Atom, Positions, Positions]]:
-        """Where each free atom occurs in `axis`.
+    def places(
+        self, axis: Axis, first: Mapping[Atom, int], memo: dict[Axis, Places] | None = None
+    ) -> tuple[Positions, Positions]:
+        """Where free atoms occur in `axis`.
 
+        Args:
+            axis: an index set.
+            first: per free atom, the number of its first position in a common numbering; a missing atom is left out.
+            memo: results of earlier calls with the same `first`.
         Returns:
-            Per occurrence (atom, positions in the axis, position in the atom at each of them), the arrays of one shape.
+            Two arrays of one shape: positions in the axis, and the number of the atom's position that occurs there.
+            A position of a product occurs once per factor.
         """
-        memo: dict[Axis, list[tuple[Atom, Positions, Positions]]] = {}
 
-        def of_atom(atom: Atom) -> list[tuple[Atom, Positions, Positions]]:
-            every = np.arange(atom.size)
-            return [(atom, every, every)] if atom.size > 1 else []
+        def of_atom(atom: Atom) -> Places:
+            every = np.arange(atom.size if atom in first else 0)
+            return atom.size, every, every + first.get(atom, 0)
 
-        work = [self.find(axis)]
-        while work:
-            part = work[-1]
-            if part in memo:
-                work.pop()
-            elif isinstance(part, Atom):
-                memo[work.pop()] = of_atom(part)
-            else:
-                parts = [self.find(p) for p in _parts(part)]
-                if missing := [p for p in parts if p not in memo]:
-                    work.extend(missing)
-                else:
-                    memo[work.pop()] = _placed(part, [(p.size, memo[p]) for p in parts])
-        return memo[self.find(axis)]
+        found = self._fold(axis, of_atom, _placed_in_product, _placed_in_sum, {} if memo is None else memo)
+        return found[1], found[2]
 
     def describe(self, axis: Axis) -> str:
         """`axis` as text: `3 x 64` for a product, `8 + 16 + 8` for a sum."""
@@ -405,27 +401,23 @@ def _parts(axis: Prod | Sum) -> tuple[Axis, ...]:
     return axis.factors if isinstance(axis, Prod) else axis.terms
 
 
-def _placed(
-    whole: Prod | Sum, parts: list[tuple[int, list[tuple[Atom, Positions, Positions]]]]
-) -> list[tuple[Atom, Positions, Positions]]:
-    """The occurrences inside the parts of a product or sum, as positions of the whole."""
-    out: list[tuple[Atom, Positions, Positions]] = []
-    if isinstance(whole, Sum):
-        start = 0
-        for size, found in parts:
-            out.extend((atom, at + start, of) for atom, at, of in found)
-            start += size
-        return out
-    stride = whole.size
-    for size, found in parts:
+def _placed_in_sum(parts: list[Places]) -> Places:
+    starts = np.cumsum([0, *(size for size, _, _ in parts)])
+    at = np.concatenate([at for _, at, _ in parts])
+    at += np.repeat(starts[:-1], [len(at) for _, at, _ in parts])
+    return int(starts[-1]), at, np.concatenate([which for _, _, which in parts])
+
+
+def _placed_in_product(parts: list[Places]) -> Places:
+    total = stride = math.prod(size for size, _, _ in parts)
+    ats, numbers = [], []
+    for size, at, which in parts:
         stride //= size
-        outer = np.arange(whole.size // (stride * size)) * stride * size
-        inner = np.arange(stride)
-        for atom, at, of in found:
-            grid = outer[:, None, None] + (at * stride)[None, :, None] + inner[None, None, :]
-            which = np.broadcast_to(of[None, :, None], grid.shape)
-            out.append((atom, grid.reshape(-1), which.reshape(-1)))
-    return out
+        outer, inner = np.arange(total // (stride * size)) * stride * size, np.arange(stride)
+        grid = outer[:, None, None] + (at * stride)[None, :, None] + inner[None, None, :]
+        ats.append(grid.reshape(-1))
+        numbers.append(np.broadcast_to(which[None, :, None], grid.shape).reshape(-1))
+    return total, np.concatenate(ats), np.concatenate(numbers)
 
 
 def _prod(factors: list[Axis]) -> Axis:

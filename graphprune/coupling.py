@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, overload
 
 import networkx as nx
 import numpy as np
@@ -36,6 +36,29 @@ class Member:
         return f"{self.name}[{self.dim}]"
 
 
+class Members(Sequence[Member]):
+    """The members of a group. Groups of a concatenation share most of theirs, so the runs are kept, not copied."""
+
+    def __init__(self, runs: Sequence[Sequence[Member]]) -> None:
+        self._runs = runs
+
+    def __len__(self) -> int:
+        return sum(map(len, self._runs))
+
+    def __iter__(self) -> Iterator[Member]:
+        return itertools.chain.from_iterable(self._runs)
+
+    @overload
+    def __getitem__(self, index: int) -> Member: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Member]: ...
+    def __getitem__(self, index: int | slice) -> Member | Sequence[Member]:
+        return tuple(self)[index]
+
+    def __repr__(self) -> str:
+        return f"Members({', '.join(map(str, self))})"
+
+
 @dataclass(frozen=True)
 class Group:
     """Channels that are removed one by one, each from all members at once.
@@ -44,7 +67,7 @@ class Group:
         name: a parameter's name, and which part of its dim where the group is only a part of it:
             `conv[8:24]` for a run of positions, `qkv:3x[12]x64` for a factor of a product.
         size: number of channels.
-        members: where they occur.
+        members: where they occur, the one that names the group first.
         exactness: "exact" when removing a channel is the same as zeroing it; "renormalised" when a normalisation
             takes statistics over the group.
         cause: the normalisation, for a renormalised group.
@@ -52,7 +75,7 @@ class Group:
 
     name: str
     size: int
-    members: tuple[Member, ...]
+    members: Sequence[Member]
     exactness: Exactness
     cause: str = ""
 
@@ -63,7 +86,7 @@ class PinnedAxis:
 
     name: str
     size: int
-    members: tuple[Member, ...]
+    members: Sequence[Member]
     reason: str
     where: str
 
@@ -394,10 +417,10 @@ class _Builder:
             for atom in self.axes.leaves(axis):
                 renormalised.setdefault(atom, node)
         slots = self._slots()
-        names = _names({atom: found[0] for atom, found in slots.items()}, self.dims, self.axes)
+        names = _names({atom: found[0].best for atom, found in slots.items()}, self.dims, self.axes)
         groups, pinned, atoms = [], [], {}
         for atom, found in slots.items():
-            members = tuple(Member(v.target, d) for v, d in found)
+            members = Members([occurrence.members for occurrence in found])
             pin = self.axes.pin_of(atom)
             if pin is not None:
                 pinned.append(PinnedAxis(names[atom], atom.size, members, pin.reason, str(pin.where)))
@@ -418,23 +441,41 @@ class _Builder:
             again=again,
         )
 
-    def _slots(self) -> dict[Atom, list[tuple[Value, int]]]:
-        """Per atom, the (state tensor, dim) slots it occurs in; the one that names it comes first.
+    def _slots(self) -> dict[Atom, list[_Occurrence]]:
+        """Per atom that occurs in a parameter, where; the occurrence that names it comes first.
 
         An atom is named by the first parameter it is an output of (dim 0 of two dims or more), else by the first slot.
         """
         unused = set(self.program.unused)
-        slots: dict[Atom, list[tuple[Value, int]]] = {}
+        by_axis: dict[Axis, list[tuple[Value, int]]] = {}
         for value in self.program.state:
-            if value.target in unused:
-                continue
-            for d, axis in enumerate(self.dims[value]):
-                for atom in self.axes.leaves(axis):
-                    slots.setdefault(atom, []).append((value, d))
-        for found in slots.values():
-            best = min(range(len(found)), key=lambda i: (_rank(*found[i]), i))
-            found.insert(0, found.pop(best))
-        return {a: f for a, f in slots.items() if any(v.kind == "parameter" for v, _ in f)}
+            if value.target not in unused:
+                for d, axis in enumerate(self.dims[value]):
+                    by_axis.setdefault(self.axes.find(axis), []).append((value, d))
+        slots: dict[Atom, list[_Occurrence]] = {}
+        for axis, found in by_axis.items():
+            occurrence = _Occurrence.of(found)
+            for atom in self.axes.leaves(axis):
+                slots.setdefault(atom, []).append(occurrence)
+        for where in slots.values():
+            best = min(range(len(where)), key=lambda i: (where[i].rank, i))
+            where.insert(0, where.pop(best))
+        return {a: found for a, found in slots.items() if found[0].rank < _BUFFER}
+
+
+@dataclass(frozen=True)
+class _Occurrence:
+    """The slots that have one and the same axis, the best name first."""
+
+    best: tuple[Value, int]
+    rank: int
+    members: tuple[Member, ...]
+
+    @classmethod
+    def of(cls, slots: list[tuple[Value, int]]) -> _Occurrence:
+        ranks = [_rank(*slot) for slot in slots]
+        slots.insert(0, slots.pop(ranks.index(min(ranks))))
+        return cls(slots[0], min(ranks), tuple(Member(value.target, d) for value, d in slots))
 
 
 _VIEWS = frozenset(
@@ -446,10 +487,13 @@ _VIEWS = frozenset(
 )
 
 
+_BUFFER = 3
+
+
 def _rank(value: Value, dim: int) -> int:
     """How well a slot names its channels: as output of a weight, as vector, as input."""
     if value.kind != "parameter":
-        return 3
+        return _BUFFER
     if len(value.shape) == 1:
         return 1
     return 0 if dim == 0 else 2

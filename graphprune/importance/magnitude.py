@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
+from graphprune.axes import Axis
 from graphprune.coupling import Coupling
 from graphprune.errors import InputError
 
@@ -16,7 +20,7 @@ class Magnitude:
     """Score channel i by the p-norm of all parameter elements removed with it, over all members of its group.
 
     Args:
-        p: order of the norm, positive.
+        p: order of the norm, positive and finite.
     Raises:
         InputError: `p` is not positive.
 
@@ -30,8 +34,8 @@ class Magnitude:
     p: float = 2
 
     def __post_init__(self) -> None:
-        if not self.p > 0:
-            raise InputError(f"Magnitude(p={self.p}): the order of a norm is positive, such as 1 or 2")
+        if not 0 < self.p < math.inf:
+            raise InputError(f"Magnitude(p={self.p}): the order of a norm is positive and finite, such as 1 or 2")
 
     def __call__(self, model: nn.Module, coupling: Coupling) -> dict[str, torch.Tensor]:
         """Score every channel of every group, in float64.
@@ -40,24 +44,39 @@ class Magnitude:
             InputError: a weight is on the meta device.
         """
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        names = {atom: name for name, atom in coupling.atoms.items()}
-        scores = {name: torch.zeros(atom.size, dtype=torch.float64) for name, atom in coupling.atoms.items()}
-        for value in coupling.program.parameters:
-            weight = parameters[value.target].detach()
-            if weight.is_meta:
-                raise InputError(f"{value.target} is on the meta device and has no values to rank; load weights first")
-            dims = coupling.dims[value]
-            found = {d: [p for p in coupling.axes.places(axis) if p[0] in names] for d, axis in enumerate(dims)}
-            if not any(found.values()):
-                continue
-            power = weight.double().abs().pow(self.p)
-            for d, places in found.items():
-                if places:
-                    along = (
-                        power.sum(dim=[k for k in range(power.dim()) if k != d]).cpu()
-                        if power.dim() > 1
-                        else power.cpu()
-                    )
-                    for atom, at, of in places:
-                        scores[names[atom]].index_add_(0, torch.from_numpy(of.copy()), along[torch.from_numpy(at)])
-        return {name: score.pow(1 / self.p) for name, score in scores.items()}
+        axes, sizes = coupling.axes, {name: atom.size for name, atom in coupling.atoms.items()}
+        starts = dict(zip(sizes, itertools.accumulate((0, *sizes.values())), strict=False))
+        first = {atom: starts[name] for name, atom in coupling.atoms.items()}
+        memo: dict[Axis, Any] = {}
+        total = torch.zeros(sum(sizes.values()), dtype=torch.float64)
+        for axis, slots in _by_axis(coupling).items():
+            at, which = (torch.from_numpy(a) for a in axes.places(axis, first, memo))
+            if len(at):
+                powers = torch.stack([_power(parameters[name], name, d, self.p) for name, d in slots])
+                total.index_add_(0, which, powers.sum(0)[at])
+        scores = torch.split(total.pow(1 / self.p), list(sizes.values()))
+        return dict(zip(sizes, scores, strict=True))
+
+
+def _by_axis(coupling: Coupling) -> dict[Axis, list[tuple[str, int]]]:
+    """The (parameter, dim) slots that have one and the same axis."""
+    slots: dict[Axis, list[tuple[str, int]]] = {}
+    for value in coupling.program.parameters:
+        for d, axis in enumerate(coupling.dims[value]):
+            slots.setdefault(coupling.axes.find(axis), []).append((value.target, d))
+    return slots
+
+
+def _power(parameter: torch.Tensor, name: str, dim: int, p: float) -> torch.Tensor:
+    """The sum of the p-th powers of a weight at each position of a dim.
+
+    Raises:
+        InputError: the weight is on the meta device.
+    """
+    if parameter.is_meta:
+        raise InputError(f"{name} is on the meta device and has no values to rank; load weights first")
+    others = [k for k in range(parameter.dim()) if k != dim]
+    if not others:
+        return parameter.detach().double().abs().pow(p).cpu()
+    norm: torch.Tensor = torch.linalg.vector_norm(parameter.detach(), p, dim=others, dtype=torch.float64)
+    return norm.pow(p).cpu()

@@ -220,17 +220,11 @@ def cat(call: Call) -> Sequence[Dims]:
     dim = call["dim"] % rank
     dims = [call.dims(v) for v in tensors]
     out = list(dims[0])
-    for other in dims[1:]:
-        for d in range(rank):
-            if d != dim:
-                call.unify(out[d], other[d])
-    out[dim] = Sum(*(d[dim] for d in dims)) if len(dims) > 1 else dims[0][dim]
     for d in range(rank):
         if d != dim:
-            call.tie(*((i, d) for i in range(len(call["tensors"]))), (len(call["tensors"]), d))
-        else:
-            for i in range(len(call["tensors"])):
-                call.tie((i, d), (len(call["tensors"]), d))
+            for axis in dict.fromkeys(call.axes.find(other[d]) for other in dims[1:]):
+                out[d] = call.unify(out[d], axis)
+    out[dim] = Sum(*(d[dim] for d in dims)) if len(dims) > 1 else dims[0][dim]
     zeros = [call.zeros(v) for v in tensors]
     call.zero = [tuple(all(z[d] for z in zeros) for d in range(rank))]
     return [tuple(out)]

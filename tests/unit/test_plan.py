@@ -165,9 +165,10 @@ def test_a_target_names_exactly_one_quantity(given):
         gp.Target(**given)
 
 
-def test_a_norm_needs_a_positive_order():
-    with pytest.raises(gp.InputError, match="the order of a norm is positive"):
-        gp.importance.Magnitude(p=0)
+@pytest.mark.parametrize("p", [0, -1, float("inf"), float("nan")])
+def test_a_norm_needs_a_positive_finite_order(p):
+    with pytest.raises(gp.InputError, match="the order of a norm is positive and finite"):
+        gp.importance.Magnitude(p=p)
 
 
 @pytest.mark.parametrize(

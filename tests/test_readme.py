@@ -1,0 +1,35 @@
+"""The README: its Python runs, and its commands are what CI runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_every_python_block_runs_in_order(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) >= 3
+    scope: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), scope)  # noqa: S102 - our own text
+    printed = capsys.readouterr().out
+    assert "graphprune: Sequential, requested macs 0.5" in printed
+    assert "goes with" in printed
+    assert scope["small"][0].out_channels == 4  # type: ignore[index]
+
+
+def test_there_are_two_commands_and_both_start_from_nothing():
+    commands = [block.strip() for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)]
+    assert len(commands) == 2
+    assert all(command.startswith("python -m venv .venv && .venv/bin/pip install") for command in commands)
+    assert commands[0].endswith("graphprune demo")
+    assert commands[1].endswith("pytest")
+
+
+def test_every_file_the_readme_links_to_is_there():
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
