@@ -2,7 +2,8 @@
 
 from graphprune import importance
 from graphprune.allocate import Target, allocate
-from graphprune.coupling import Coupling, Group, couple
+from graphprune.couple import couple
+from graphprune.coupling import Coupling, Group
 from graphprune.errors import (
     GraphpruneError,
     InputError,

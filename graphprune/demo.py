@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 from graphprune.allocate import Target, allocate
-from graphprune.coupling import couple
+from graphprune.couple import couple
 from graphprune.importance import Magnitude
 from graphprune.pruning import Result, prune
 from graphprune.trace import trace

@@ -9,7 +9,8 @@ from typing import Any, Literal
 from torch import nn
 
 from graphprune.allocate import Target, allocate
-from graphprune.coupling import Coupling, couple
+from graphprune.couple import couple
+from graphprune.coupling import Coupling
 from graphprune.errors import PlanError, VerificationError
 from graphprune.importance import Importance, Magnitude
 from graphprune.plan import Plan

@@ -14,7 +14,7 @@ def test_every_python_block_runs_in_order(capsys):
     assert len(blocks) >= 3
     scope: dict[str, object] = {}
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), scope)  # noqa: S102 - our own text
+        exec(compile(block, "README.md", "exec"), scope)
     printed = capsys.readouterr().out
     assert "graphprune: Sequential, requested macs 0.5" in printed
     assert "goes with" in printed

@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 from graphprune.rules.call import Applied, Call, Dims, Fixed, Literal, Replacement, Rule
 from graphprune.rules.contract import CONTRACT
+from graphprune.rules.cut import CUT
 from graphprune.rules.index import INDEX
 from graphprune.rules.norm import NORM
 from graphprune.rules.pointwise import POINTWISE
@@ -15,7 +16,7 @@ from graphprune.rules.registry import find, function, op, table
 from graphprune.rules.shape import SHAPE
 from graphprune.rules.space import SPACE
 
-RULES: Mapping[str, Rule] = MappingProxyType(table(CONTRACT, POINTWISE, NORM, REDUCE, SHAPE, SPACE, INDEX))
+RULES: Mapping[str, Rule] = MappingProxyType(table(CONTRACT, POINTWISE, NORM, REDUCE, SHAPE, CUT, SPACE, INDEX))
 """Every rule of the library; extend it with `RULES | op(...)`."""
 
 __all__ = [

@@ -1,0 +1,314 @@
+"""Rules applied over a program, and the solved equations read as groups and pins."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from graphprune.axes import Atom, Axes, Axis, Pin
+from graphprune.coupling import Coupling, Exactness, Group, Member, Members, PinnedAxis, Unknown
+from graphprune.errors import InputError, RuleError, UnknownName, UnsupportedOp, nearest
+from graphprune.program import Node, Program, Value
+from graphprune.rules import RULES, Applied, Call, Dims, Rule, find
+
+
+def couple(
+    program: Program,
+    *,
+    norms: Literal["pin", "prune"] = "pin",
+    on_unknown: Literal["pin", "error"] = "pin",
+    keep_names: Iterable[str] = (),
+    rules: Mapping[str, Rule] = RULES,
+) -> Coupling:
+    """Work out which channels of a program must live or die together.
+
+    Args:
+        program: from `trace`.
+        norms: "pin" keeps every axis that a normalisation takes statistics over; "prune" makes them renormalised
+            groups, whose removal is not the same as zeroing.
+        on_unknown: what an op without a rule does to the axes it touches: "pin" them, or "error".
+        keep_names: parameters, buffers or modules whose widths must stay.
+        rules: op name to rule; extend with `RULES | op(...)`.
+    Raises:
+        InputError: `norms` or `on_unknown` is none of these.
+        UnsupportedOp: `on_unknown="error"` and ops without a rule; all of them are listed.
+        UnknownName: a name in `keep_names` is not in the model.
+
+    Example:
+        >>> import torch, graphprune as gp
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 5))
+        >>> [(g.name, g.size) for g in couple(gp.trace(net, torch.zeros(2, 3))).groups]
+        [('0', 8)]
+    """
+    if norms not in ("pin", "prune"):
+        raise InputError(f"norms={norms!r}; it is 'pin' or 'prune'")
+    if on_unknown not in ("pin", "error"):
+        raise InputError(f"on_unknown={on_unknown!r}; it is 'pin' or 'error'")
+    keep_names = (keep_names,) if isinstance(keep_names, str) else tuple(keep_names)
+    builder = _Builder(program, rules)
+    builder.keep(keep_names)
+    builder.apply()
+    if builder.unknown and on_unknown == "error":
+        raise UnsupportedOp(_unsupported(builder.unknown))
+    again = functools.partial(couple, norms=norms, on_unknown=on_unknown, keep_names=keep_names, rules=rules)
+    return builder.finish(norms, again)
+
+
+class _Builder:
+    """The state of one coupling run."""
+
+    def __init__(self, program: Program, rules: Mapping[str, Rule]) -> None:
+        self.program, self.rules = program, rules
+        self.axes = Axes()
+        self.dims: dict[Value, Dims] = {}
+        self.zero: dict[Value, tuple[bool, ...]] = {}
+        self.applied: dict[str, Applied] = {}
+        self.statistics: list[tuple[Axis, Node]] = []
+        self.unknown: dict[str, tuple[str, list[Node]]] = {}
+        self.base: dict[Value, Value] = {}
+        for value in program.state:
+            self.dims[value] = tuple(Atom(size) for size in value.shape)
+            self.zero[value] = tuple(True for _ in value.shape)
+        for value in program.inputs:
+            self.dims[value] = tuple(Atom(size) for size in value.shape)
+            self.zero[value] = tuple(False for _ in value.shape)
+            for d, axis in enumerate(self.dims[value]):
+                self.axes.pin(axis, Pin(f"it reaches dim {d} of the model's input {value.target}"))
+
+    def keep(self, names: Iterable[str]) -> None:
+        """Pin the widths of the parameters and modules named.
+
+        Raises:
+            UnknownName: the model has none of that name.
+        """
+        targets = {v.target: v for v in self.program.state if v.target}
+        for name in names:
+            name_here = self.program.aliases.get(name, name)
+            found = [v for t, v in targets.items() if t == name_here or t.startswith(f"{name_here}.")]
+            if not found:
+                modules = {".".join(t.split(".")[:k]) for t in targets for k in range(1, t.count(".") + 2)}
+                raise UnknownName(f"keep_names: no parameter or module {name!r}{nearest(name, [*targets, *modules])}")
+            for value in found:
+                for axis in self.dims[value]:
+                    self.axes.pin(axis, Pin(f"keep_names asks for {name}"))
+
+    def apply(self) -> None:
+        """Apply the rule of every node, in order; what no rule fits is pinned and noted."""
+        for node in self.program.nodes:
+            call = Call(node, self.axes, self.dims, self.zero)
+            rule = find(self.rules, node.op)
+            try:
+                outputs = _outputs(rule, call)
+            except (RuleError, ValueError) as error:
+                self.unknown.setdefault(node.op, (str(error), []))[1].append(node)
+                call, outputs = self._touched(node)
+            self._record(call, outputs)
+        for k, value in enumerate(self.program.outputs):
+            for d, axis in enumerate(self.dims[value]):
+                self.axes.pin(axis, Pin(f"it reaches dim {d} of the model's output {k}"))
+
+    def _touched(self, node: Node) -> tuple[Call, list[Dims]]:
+        """Everything an unknown op touches is pinned."""
+        call = Call(node, self.axes, self.dims, self.zero)
+        for value in node.values():
+            for axis in self.dims[value]:
+                call.pin(axis, f"no rule covers {node.op}")
+        reason = f"no rule covers {node.op}"
+        return call, [tuple(call.pinned(size, reason) for size in v.shape) for v in node.outputs]
+
+    def _record(self, call: Call, outputs: list[Dims]) -> None:
+        node = call.node
+        zero = call.zero if call.zero is not None else [self._zero_of(node, dims) for dims in outputs]
+        for value, dims, flags in zip(node.outputs, outputs, zero, strict=True):
+            self.dims[value], self.zero[value] = dims, flags
+        self.statistics.extend((axis, node) for axis in call.renormalised)
+        self.applied[node.name] = call.applied(outputs, zero)
+        self._write_through(node)
+
+    def _zero_of(self, node: Node, dims: Dims) -> tuple[bool, ...]:
+        """A dim of a reshaped value holds zeros where all the dims it came from do."""
+        operands = [(a, z) for v in node.values() for a, z in zip(self.dims[v], self.zero[v], strict=True)]
+
+        def holds(axis: Axis) -> bool:
+            parts = set(self.axes.leaves(axis))
+            flags = [z for a, z in operands if a is axis or parts.intersection(self.axes.leaves(a))]
+            return bool(flags) and all(flags)
+
+        return tuple(holds(axis) for axis in dims)
+
+    def _write_through(self, node: Node) -> None:
+        """An in-place op changes what it was given, and what that is a view of."""
+        operands = list(node.values())
+        if not node.outputs or not operands:
+            return
+        if node.op.endswith("_") and not node.op.endswith("__"):
+            value: Value | None = operands[0]
+            now = self.zero[node.outputs[0]]
+            if value is not None and len(now) == len(self.zero[value]):
+                self.zero[value] = now
+            while (value := self.base.get(value) if value else None) is not None:
+                self.zero[value] = tuple(z and all(now) for z in self.zero[value])
+            self.base[node.outputs[0]] = operands[0]
+        elif node.op in _VIEWS:
+            for out in node.outputs:
+                self.base[out] = operands[0]
+
+    def finish(self, norms: Literal["pin", "prune"], again: Callable[[Program], Coupling]) -> Coupling:
+        """Settle the equations and read groups and pins off them."""
+        renormalised: dict[Atom, Node] = {}
+        if norms == "pin":
+            for axis, node in self.statistics:
+                self.axes.pin(axis, Pin(f"{node.op} takes statistics over it (norms='prune' allows it)", node))
+        self.axes.settle()
+        for axis, node in self.statistics:
+            for atom in self.axes.leaves(axis):
+                renormalised.setdefault(atom, node)
+        slots = self._slots()
+        names = _names({atom: found[0].best for atom, found in slots.items()}, self.dims, self.axes)
+        groups, pinned, atoms = [], [], {}
+        for atom, found in slots.items():
+            members = Members([occurrence.members for occurrence in found])
+            pin = self.axes.pin_of(atom)
+            if pin is not None:
+                pinned.append(PinnedAxis(names[atom], atom.size, members, pin.reason, str(pin.where)))
+                continue
+            by = renormalised.get(atom)
+            exactness: Exactness = "exact" if by is None else "renormalised"
+            groups.append(Group(names[atom], atom.size, members, exactness, "" if by is None else str(by)))
+            atoms[names[atom]] = atom
+        return Coupling(
+            program=self.program,
+            groups=tuple(groups),
+            pinned=tuple(pinned),
+            unknown=tuple(Unknown(op, tuple(str(n) for n in nodes), why) for op, (why, nodes) in self.unknown.items()),
+            applied=self.applied,
+            dims=self.dims,
+            axes=self.axes,
+            atoms=atoms,
+            again=again,
+        )
+
+    def _slots(self) -> dict[Atom, list[_Occurrence]]:
+        """Per atom that occurs in a parameter, where; the occurrence that names it comes first.
+
+        An atom is named by the first parameter it is an output of (dim 0 of two dims or more), else by the first slot.
+        """
+        unused = set(self.program.unused)
+        by_axis: dict[Axis, list[tuple[Value, int]]] = {}
+        for value in self.program.state:
+            if value.target not in unused:
+                for d, axis in enumerate(self.dims[value]):
+                    by_axis.setdefault(self.axes.find(axis), []).append((value, d))
+        slots: dict[Atom, list[_Occurrence]] = {}
+        for axis, found in by_axis.items():
+            occurrence = _Occurrence.of(found)
+            for atom in self.axes.leaves(axis):
+                slots.setdefault(atom, []).append(occurrence)
+        for where in slots.values():
+            best = min(range(len(where)), key=lambda i: (where[i].rank, i))
+            where.insert(0, where.pop(best))
+        return {a: found for a, found in slots.items() if found[0].rank < _BUFFER}
+
+
+@dataclass(frozen=True)
+class _Occurrence:
+    """The slots that have one and the same axis, the best name first."""
+
+    best: tuple[Value, int]
+    rank: int
+    members: tuple[Member, ...]
+
+    @classmethod
+    def of(cls, slots: list[tuple[Value, int]]) -> _Occurrence:
+        ranks = [_rank(*slot) for slot in slots]
+        slots.insert(0, slots.pop(ranks.index(min(ranks))))
+        return cls(slots[0], min(ranks), tuple(Member(value.target, d) for value, d in slots))
+
+
+_VIEWS = frozenset(
+    {
+        *("view", "reshape", "slice", "select", "unbind", "chunk", "split", "split_with_sizes", "narrow", "transpose"),
+        *("permute", "t", "squeeze", "unsqueeze", "expand", "expand_as", "alias", "detach", "flatten", "unflatten"),
+        *("view_as", "movedim", "diagonal", "as_strided", "lift_fresh", "contiguous", "tensor_split", "to"),
+    }
+)
+
+
+_BUFFER = 3
+
+
+def _rank(value: Value, dim: int) -> int:
+    """How well a slot names its channels: as output of a weight, as vector, as input."""
+    if value.kind != "parameter":
+        return _BUFFER
+    if len(value.shape) == 1:
+        return 1
+    return 0 if dim == 0 else 2
+
+
+def _names(first: Mapping[Atom, tuple[Value, int]], dims: Mapping[Value, Dims], axes: Axes) -> dict[Atom, str]:
+    """Readable, unique names: the parameter, and which part of its dim the group is."""
+    names: dict[Atom, str] = {}
+    taken: set[str] = set()
+    for atom, (value, d) in first.items():
+        base = value.target.removesuffix(".weight").removesuffix(".bias") or value.name
+        if len(value.shape) > 1 and d > 0:
+            base = f"{base}.dim{d}"
+        name = base + _part(atom, dims[value][d], axes)
+        unique, k = name, 2
+        while unique in taken:
+            unique, k = f"{name}#{k}", k + 1
+        taken.add(unique)
+        names[atom] = unique
+    return names
+
+
+def _part(atom: Atom, axis: Axis, axes: Axes) -> str:
+    """Which part of `axis` an atom is: `[8:24]` of a sum, `:3x[12]x64` of a product, nothing if it is the whole."""
+    text, axis = "", axes.find(axis)
+    while axis is not atom:
+        terms = axes.terms(axis)
+        if len(terms) > 1:
+            start = 0
+            for term in terms:
+                if atom in axes.leaves(term):
+                    break
+                start += term.size
+            text += f"[{start}:{start + term.size}]"
+            axis = term
+        else:
+            factors = axes.factors(terms[0])
+            here = next(i for i, f in enumerate(factors) if atom in axes.leaves(f))
+            text += ":" + "x".join(f"[{f.size}]" if i == here else str(f.size) for i, f in enumerate(factors))
+            axis = factors[here]
+        axis = axes.find(axis)
+    return text
+
+
+def _outputs(rule: Rule | None, call: Call) -> list[Dims]:
+    """The axes a rule gives the outputs of a call.
+
+    Raises:
+        RuleError: there is no rule, or its shapes are not those of the op.
+    """
+    if rule is None:
+        raise RuleError("no rule")
+    outputs = list(rule(call))
+    shapes = [tuple(a.size for a in dims) for dims in outputs]
+    wanted = [v.shape for v in call.node.outputs]
+    if shapes != wanted:
+        raise RuleError(f"the rule gives shapes {shapes}, the op {wanted}")
+    return outputs
+
+
+def _unsupported(unknown: Mapping[str, tuple[str, list[Node]]]) -> str:
+    lines = []
+    for name, (why, nodes) in unknown.items():
+        lines.append(f"{why} for {name} ({len(nodes)} nodes)" if why == "no rule" else f"{name}: {why}")
+        lines.extend(f"  at {node}" for node in nodes[:4])
+        rank = len(nodes[0].outputs[0].shape) if nodes[0].outputs else 0
+        dims = " ".join(f"{c}!" for c in "bcxyzuvw"[:rank])
+        lines.append(f"  add op({name!r}, '{dims} -> {dims}') to the rules, or leave it pinned: on_unknown='pin'")
+    return "\n".join(lines)
