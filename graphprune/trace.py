@@ -6,6 +6,7 @@ node. The model is traced in eval mode and is left exactly as it was: flags, att
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import operator
@@ -62,7 +63,7 @@ class Inputs:
 def untouched(model: nn.Module) -> Iterator[None]:
     """Put `model` in eval mode for the block; afterwards its flags, attributes and the random state are as before."""
     modules = list(model.modules())
-    before = [(m, dict(vars(m)), [(t, dict(t)) for t in (m._parameters, m._buffers)]) for m in modules]
+    before = [(m, dict(vars(m)), [(held, copy.copy(held)) for held in _containers(m)]) for m in modules]
     fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
         with torch.random.fork_rng(devices=_cuda_devices(model)):
@@ -72,13 +73,17 @@ def untouched(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-        for module, attributes, tables in before:
-            table: Any
-            for table, saved in tables:
-                table.clear()
-                table.update(saved)
+        for module, attributes, containers in before:
+            for held, saved in containers:
+                held.clear()
+                held.extend(saved) if isinstance(held, list) else held.update(saved)
             vars(module).clear()
             vars(module).update(attributes)
+
+
+def _containers(module: nn.Module) -> list[Any]:
+    """The dicts, lists and sets a module holds, among them its parameters and buffers: forwards may write to them."""
+    return [held for held in vars(module).values() if isinstance(held, (dict, list, set))]
 
 
 def trace(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool = False) -> Program:

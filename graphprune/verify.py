@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import GraphModule
 
 from graphprune.axes import Axis, Mask
 from graphprune.coupling import Coupling
@@ -24,6 +25,7 @@ from graphprune.errors import GraphpruneError, VerificationError
 from graphprune.interpret import interpret
 from graphprune.plan import Plan
 from graphprune.program import Node
+from graphprune.rewrite.graph import raised
 from graphprune.rewrite.state import held
 from graphprune.rules import Applied
 from graphprune.trace import Inputs, output_tensors, run, trace, untouched
@@ -79,11 +81,14 @@ class Bench:
         model: the original; a copy is raised to float64 if it is small enough and runs there.
         inputs: example inputs.
         coupling, plan: what is removed.
+        limit: models with more parameters than this are compared in the precision they have.
     """
 
-    def __init__(self, model: nn.Module, inputs: Inputs, coupling: Coupling, plan: Plan) -> None:
-        self.raised, self.model, self.inputs = _raised(model, inputs)
-        self._original, self._coupling, self.plan = model, coupling, plan
+    def __init__(
+        self, model: nn.Module, inputs: Inputs, coupling: Coupling, plan: Plan, *, limit: int = RAISED_LIMIT
+    ) -> None:
+        self.raised, self.model, self.inputs = _raised(model, inputs, limit)
+        self._original, self._given, self._coupling, self.plan = model, inputs, coupling, plan
         renormalised = bool(_Masked(coupling, plan).nodes)
         self._reference = _reference(self.model, self.coupling if renormalised else coupling, plan)
         self._wanted: dict[int, list[torch.Tensor]] = {}
@@ -99,8 +104,8 @@ class Bench:
         """What is wrong with a candidate's outputs on the example inputs; empty if nothing."""
         try:
             error = difference(run(self._like(candidate), self.inputs), self._want(0))
-        except Exception as raised:
-            return f"{type(raised).__name__}: {next(iter(str(raised).splitlines()), '')}"
+        except Exception as failure:
+            return f"{type(failure).__name__}: {next(iter(str(failure).splitlines()), '')}"
         return "" if error <= self._tolerance(error)[1] else f"its output is off by {error:.1e}"
 
     def compare(self, pruned: nn.Module, *, fresh: int = 1) -> Verification:
@@ -109,6 +114,13 @@ class Bench:
         Raises:
             VerificationError: they differ, or there is nothing to compare with.
         """
+        try:
+            run(self._like(pruned), self.inputs)
+        except Exception as failure:
+            if self.raised:  # what it states in float32 does not go with float64
+                lower = Bench(self._original, self._given, self._coupling, self.plan, limit=-1)
+                return lower.compare(pruned, fresh=fresh)
+            raise VerificationError(f"the pruned model fails: {type(failure).__name__}: {failure}") from failure
         pruned = self._like(pruned)
         error = effect = 0.0
         for k in range(1 + fresh):
@@ -138,7 +150,9 @@ class Bench:
 
     def _like(self, candidate: nn.Module) -> nn.Module:
         """The candidate in the precision compared in."""
-        return _copy(candidate).double() if self.raised else in_full_precision(candidate)
+        if not self.raised:
+            return in_full_precision(candidate)
+        return raised(candidate) if isinstance(candidate, GraphModule) else _copy(candidate).double()
 
     def _tolerance(self, error: float) -> tuple[str, float]:
         """The precision compared in, and what it allows; only an error that needs it has the model looked into."""
@@ -324,13 +338,14 @@ def like(inputs: Inputs, seed: int) -> Inputs:
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def _raised(model: nn.Module, inputs: Inputs) -> tuple[bool, nn.Module, Inputs]:
+def _raised(model: nn.Module, inputs: Inputs, limit: int) -> tuple[bool, nn.Module, Inputs]:
     """Model and inputs to compare with, and whether they were raised to float64."""
-    if not _is_double(model) and sum(p.numel() for p in model.parameters()) <= RAISED_LIMIT:
+    if not _is_double(model) and sum(p.numel() for p in model.parameters()) <= limit:
         try:
-            raised, doubled = _copy(model).double(), inputs.map(lambda t: t.double() if t.is_floating_point() else t)
-            run(raised, doubled)
-            return True, raised, doubled
+            wider = raised(model) if isinstance(model, GraphModule) else _copy(model).double()
+            doubled = inputs.map(lambda t: t.double() if t.is_floating_point() else t)
+            run(wider, doubled)
+            return True, wider, doubled
         except Exception:  # some models fix float32 in their code; they are compared as they are
             pass
     return False, in_full_precision(model), full_precision(inputs)

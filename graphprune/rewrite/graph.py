@@ -6,7 +6,9 @@ original allows, keeps parameter names, and follows `.train()` in its dropouts a
 
 from __future__ import annotations
 
+import copy
 import operator
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -77,6 +79,24 @@ def _take_state(small: nn.Module, model: nn.Module, plan: Plan) -> None:
         table[leaf] = new[id(original)]
 
 
+def raised(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a graph module in float64, with the dtypes that its nodes state."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, on copying the signature of a graph module
+        made: fx.GraphModule = copy.deepcopy(module).double()
+
+    def wider(argument: Any) -> Any:
+        return torch.float64 if argument is torch.float32 else argument
+
+    for part in made.modules():
+        if isinstance(part, fx.GraphModule):
+            for node in part.graph.nodes:
+                node.args = fx.node.map_aggregate(node.args, wider)
+                node.kwargs = fx.node.map_aggregate(node.kwargs, wider)
+            part.recompile()
+    return made
+
+
 class _Writer:
     """Rewrites the sizes in one graph and the graphs nested in it."""
 
@@ -97,6 +117,9 @@ class _Writer:
         switch = _Switch(graph)
         for node in list(graph.nodes):
             if node.op != "call_function":
+                continue
+            if node.target is torch.ops.aten._assert_tensor_metadata.default:
+                graph.erase_node(node)  # it would forbid another dtype or device later
                 continue
             args = tuple(
                 getattr(module, str(a.target)) if isinstance(a, fx.Node) and _is_body(module, a) else a

@@ -226,6 +226,28 @@ def test_unequal_halves_of_a_chunk_are_written_as_sizes():
     assert gp.verify(model, made, x, coupling, plan).error < 1e-9
 
 
+class Positions(nn.Module):
+    """Adds a code of the position, made in the dtype of its input: a trace writes that dtype down."""
+
+    def forward(self, x):
+        return x + torch.linspace(0, 1, x.shape[-2], dtype=x.dtype, device=x.device).unsqueeze(-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_graph_module_can_be_cast_like_the_original(dtype):
+    model = Attention(width=30, heads=4, head_dim=6).eval()
+    small = half(model, torch.rand(2, 7, 30), emit="graph").model
+    assert small.to(dtype)(torch.rand(2, 7, 30, dtype=dtype)).dtype == dtype
+
+
+def test_a_graph_that_states_dtypes_is_verified_in_float64_all_the_same():
+    torch.manual_seed(0)
+    model = nn.Sequential(Positions(), nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    result = half(model, torch.rand(5, 7, 3), emit="graph")
+    assert result.report.verification.precision == "float64"
+    assert result.report.verification.error < 1e-9
+
+
 @pytest.mark.parametrize("batch", [1, 4])
 def test_a_graph_module_takes_any_batch_size_whatever_the_example(batch):
     model = DenseBlock(3).eval()

@@ -61,6 +61,31 @@ def test_tracing_and_pruning_leave_the_model_as_it_was():
     assert (model.last, model.calls) == (None, 0)
 
 
+class Caching(nn.Module):
+    """Fills dicts, lists and sets while it runs, as attention layers do with their position biases."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.bias = nn.Linear(3, 6), nn.Linear(6, 2), nn.Parameter(torch.rand(6))
+        self.cache, self.seen, self.kinds = {"kept": torch.ones(1)}, [], set()
+
+    def forward(self, x):
+        if "bias" not in self.cache:
+            self.cache["bias"] = self.bias * 2
+        self.seen.append(x)
+        self.kinds.add(x.dim())
+        return self.last(self.first(x).relu() + self.cache["bias"])
+
+
+def test_what_a_forward_caches_does_not_leak_out_of_a_trace():
+    torch.manual_seed(0)
+    model = Caching().eval()
+    result = gp.prune(model, torch.rand(2, 3), target=gp.Target(channels=0.5))
+    assert (list(model.cache), model.seen, model.kinds) == (["kept"], [], set())
+    assert result.report.verification.error < 1e-9
+    assert type(model(torch.rand(2, 3))) is torch.Tensor
+
+
 def test_nodes_carry_their_module_and_the_line_of_the_user():
     program = gp.trace(CifarResNet(1).eval(), torch.rand(1, 3, 32, 32))
     (add,) = [n for n in program.nodes if n.op == "add" and n.module == "layer2.0"]
