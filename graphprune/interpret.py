@@ -38,7 +38,7 @@ def interpret(
         The output tensors, flattened in order.
     """
     exported = program.source
-    given = iter(inputs.tensors())
+    given = iter(inputs.map(torch.clone).tensors())
     operands: list[Any] = []
     for spec in exported.graph_signature.input_specs:
         if spec.kind.name == "USER_INPUT":

@@ -110,10 +110,17 @@ def trace(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool = False)
     return _Reader(model, exported).read()
 
 
-def run(model: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
-    """The tensors `model` returns in eval mode, flattened in order; the model is left untouched."""
+def run(model: nn.Module, inputs: Inputs, state: Mapping[str, torch.Tensor] | None = None) -> list[torch.Tensor]:
+    """The tensors `model` returns in eval mode, flattened in order; model and inputs are left untouched.
+
+    Args:
+        model: any module.
+        inputs: arguments of its forward.
+        state: parameters and buffers to use instead of its own, by fully qualified name.
+    """
+    inputs = inputs.map(torch.clone)
     with untouched(model), torch.no_grad():
-        return output_tensors(model(*inputs.args, **inputs.kwargs))
+        return output_tensors(torch.func.functional_call(model, dict(state or {}), inputs.args, dict(inputs.kwargs)))
 
 
 def output_tensors(output: Any) -> list[torch.Tensor]:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,19 +22,21 @@ from torch.fx import GraphModule
 
 from graphprune.axes import Axis, Mask
 from graphprune.coupling import Coupling
-from graphprune.errors import GraphpruneError, VerificationError
+from graphprune.errors import GraphpruneError, RewriteError, VerificationError
 from graphprune.interpret import interpret
-from graphprune.plan import Plan
+from graphprune.plan import Plan, sliced
 from graphprune.program import Node
 from graphprune.rewrite.graph import raised
 from graphprune.rewrite.state import held
 from graphprune.rules import Applied
-from graphprune.trace import Inputs, output_tensors, run, trace, untouched
+from graphprune.trace import Inputs, run, trace
 
 TOLERANCE: Mapping[str, float] = {"float64": 1e-9, "float64 with parts in float32": 1e-5, "float32": 1e-4}
 """Largest relative error accepted, by the precision compared in. Models run in float64 where they can."""
 RAISED_LIMIT = 200_000_000
 """Models with more parameters than this are compared in the precision they have."""
+FAINT = 1e-2
+"""A parameter whose largest value is below this is drawn anew for the comparison on fresh inputs."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +92,8 @@ class Bench:
     ) -> None:
         self.raised, self.model, self.inputs = _raised(model, inputs, limit)
         self._original, self._given, self._coupling, self.plan = model, inputs, coupling, plan
-        renormalised = bool(_Masked(coupling, plan).nodes)
-        self._reference = _reference(self.model, self.coupling if renormalised else coupling, plan)
-        self._wanted: dict[int, list[torch.Tensor]] = {}
+        self._masked = bool(_Masked(coupling, plan).nodes)
+        self._trials: dict[int, _Trial] = {}
 
     @functools.cached_property
     def coupling(self) -> Coupling:
@@ -101,9 +103,12 @@ class Bench:
         return self._coupling.again(trace(self.model, self.inputs))
 
     def problem(self, candidate: nn.Module) -> str:
-        """What is wrong with a candidate's outputs on the example inputs; empty if nothing."""
+        """What is wrong with a candidate's outputs, in a word; empty if nothing."""
+        trials = [self._trial(k) for k in range(2)]
         try:
-            error = difference(run(self._like(candidate), self.inputs), self._want(0))
+            candidate = self._like(candidate)
+            with _without(self._original):
+                error = max(trial.error(candidate, self.plan) for trial in trials)
         except Exception as failure:
             return f"{type(failure).__name__}: {next(iter(str(failure).splitlines()), '')}"
         return "" if error <= self._tolerance(error)[1] else f"its output is off by {error:.1e}"
@@ -115,23 +120,22 @@ class Bench:
             VerificationError: they differ, or there is nothing to compare with.
         """
         try:
-            run(self._like(pruned), self.inputs)
+            candidate = self._like(pruned)
+            with _without(self._original):
+                run(candidate, self.inputs)
         except Exception as failure:
             if self.raised:  # what it states in float32 does not go with float64
                 lower = Bench(self._original, self._given, self._coupling, self.plan, limit=-1)
                 return lower.compare(pruned, fresh=fresh)
             raise VerificationError(f"the pruned model fails: {type(failure).__name__}: {failure}") from failure
-        pruned = self._like(pruned)
         error = effect = 0.0
-        for k in range(1 + fresh):
-            given, want = self._inputs(k), self._want(k)
-            dense = run(self.model, given)
-            _check_not_nan(dense)
-            error = max(error, difference(run(pruned, given), want))
-            effect = max(effect, difference(want, dense))
+        for trial in map(self._trial, range(1 + fresh)):
+            _check_not_nan(trial.dense)
+            error = max(error, trial.error(candidate, self.plan))
+            effect = max(effect, difference(trial.want, trial.dense))
             precision, tolerance = self._tolerance(error)
             if not error <= tolerance:
-                where = first_divergence(self.model, pruned, given, self.coupling, self.plan, tolerance)
+                where = first_divergence(self.model, candidate, trial, self.coupling, self.plan, tolerance)
                 raise VerificationError(
                     f"the pruned model differs from the zeroed original by {error:.2e} (tolerance {tolerance:.0e})\n"
                     f"  {where}\n"
@@ -140,13 +144,14 @@ class Bench:
                 )
         return Verification(error, effect, tolerance, precision, 1 + fresh)
 
-    def _inputs(self, k: int) -> Inputs:
-        return like(self.inputs, k) if k else self.inputs
-
-    def _want(self, k: int) -> list[torch.Tensor]:
-        if k not in self._wanted:
-            self._wanted[k] = self._reference(self._inputs(k))
-        return self._wanted[k]
+    def _trial(self, k: int) -> _Trial:
+        """The example inputs with the weights as they are (k = 0), or fresh ones with no weight too faint to matter."""
+        if k not in self._trials:
+            inputs = like(self.inputs, k) if k else self.inputs
+            state = lively(self.model, k) if k else {}
+            want = _reference(self.model, self.coupling if self._masked else self._coupling, self.plan, inputs, state)
+            self._trials[k] = _Trial(inputs, state, want, run(self.model, inputs, state))
+        return self._trials[k]
 
     def _like(self, candidate: nn.Module) -> nn.Module:
         """The candidate in the precision compared in."""
@@ -171,34 +176,90 @@ class Bench:
         parameters = {n: t for n, t in held(self.model) if t.is_floating_point()}
 
         def scaled(by: float) -> list[torch.Tensor]:
-            state = {name: tensor.detach() * by for name, tensor in parameters.items()}
-            with untouched(self.model), torch.no_grad():
-                args, kwargs = self.inputs.args, dict(self.inputs.kwargs)
-                outputs = output_tensors(torch.func.functional_call(self.model, state, args, kwargs))
+            outputs = run(self.model, self.inputs, {n: t.detach() * by for n, t in parameters.items()})
             return [o.to(torch.complex128 if o.is_complex() else torch.float64) for o in outputs]
 
         once, twice, thrice = (scaled(1 + k * 1e-9) for k in range(3))
         return difference([a + c for a, c in zip(once, thrice, strict=True)], [2 * b for b in twice]) > 1e-12
 
 
+@dataclass(frozen=True)
+class _Trial:
+    """One comparison: inputs, the weights that differ from the model's own, what must come out, and the dense output."""
+
+    inputs: Inputs
+    state: Mapping[str, torch.Tensor]
+    want: list[torch.Tensor]
+    dense: list[torch.Tensor]
+
+    def error(self, candidate: nn.Module, plan: Plan) -> float:
+        """How far a candidate is from what must come out."""
+        return difference(run(candidate, self.inputs, self.for_candidate(candidate, plan)), self.want, self.dense)
+
+    def for_candidate(self, candidate: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
+        """The differing weights, sliced."""
+        names = {name for name, _ in held(candidate)}
+        return {name: sliced(tensor, plan.kept.get(name, {})) for name, tensor in self.state.items() if name in names}
+
+
+def lively(model: nn.Module, seed: int) -> dict[str, torch.Tensor]:
+    """Values for the parameters of `model` that are too small to matter, such as zero-initialised scales.
+
+    Behind such a scale a branch could be wrong without moving the output.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    state: dict[str, torch.Tensor] = {}
+    made: dict[int, torch.Tensor] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not parameter.is_floating_point() or parameter.numel() == 0 or parameter.detach().abs().max() >= FAINT:
+            continue
+        if id(parameter) not in made:
+            noise = torch.rand(parameter.shape, generator=generator, dtype=torch.float64)
+            if parameter.dim() > 1:
+                noise = (noise - 0.5) * 2 / max(1, parameter[0].numel()) ** 0.5
+            made[id(parameter)] = noise.to(parameter)
+        state[name] = made[id(parameter)]
+    return state
+
+
+@contextmanager
+def _without(original: nn.Module) -> Iterator[None]:
+    """Fail where a copy runs a module of the original, through a closure or a hook that was copied as it was.
+
+    Raises:
+        RewriteError: it does; the message names the module.
+    """
+    names = {id(module): name for name, module in original.named_modules()}
+
+    def check(module: nn.Module, _: Any) -> None:
+        if id(module) in names:
+            raise RewriteError(f"the copy still runs {names[id(module)] or 'the module itself'} of the original")
+
+    handle = nn.modules.module.register_module_forward_pre_hook(check)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 # -- the reference -----------------------------------------------------------------------------------------------
 
 
-def zeroed(model: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
-    """The state of `model` with everything that `plan` removes set to 0.
+def zeroed(model: nn.Module, plan: Plan, state: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """The state of `model`, or `state` where it says otherwise, with everything that `plan` removes set to 0.
 
     Returns:
         Copies of the tensors that the plan shrinks, by fully qualified name, at their original shapes.
     """
-    state: dict[str, torch.Tensor] = {}
+    out: dict[str, torch.Tensor] = {}
     made: dict[int, torch.Tensor] = {}
     for name, tensor in held(model):
         if name not in plan.kept:
             continue
         if id(tensor) not in made:
-            made[id(tensor)] = _zero_removed(tensor.detach(), plan.kept[name])
-        state[name] = made[id(tensor)]
-    return state
+            made[id(tensor)] = _zero_removed((state or {}).get(name, tensor).detach(), plan.kept[name])
+        out[name] = made[id(tensor)]
+    return out
 
 
 def _zero_removed(tensor: torch.Tensor, kept: Mapping[int, torch.Tensor]) -> torch.Tensor:
@@ -214,18 +275,18 @@ def _zero_removed(tensor: torch.Tensor, kept: Mapping[int, torch.Tensor]) -> tor
 
 def run_zeroed(model: nn.Module, plan: Plan, inputs: Inputs) -> list[torch.Tensor]:
     """The outputs of `model` in eval mode with everything that `plan` removes zeroed; the model is left untouched."""
-    with untouched(model), torch.no_grad():
-        state = zeroed(model, plan)
-        return output_tensors(torch.func.functional_call(model, state, inputs.args, dict(inputs.kwargs)))
+    return run(model, inputs, zeroed(model, plan))
 
 
-def _reference(model: nn.Module, coupling: Coupling, plan: Plan) -> Callable[[Inputs], list[torch.Tensor]]:
-    """What the pruned model must compute."""
+def _reference(
+    model: nn.Module, coupling: Coupling, plan: Plan, inputs: Inputs, state: Mapping[str, torch.Tensor]
+) -> list[torch.Tensor]:
+    """What the pruned model must compute, with some weights replaced."""
     masked = _Masked(coupling, plan)
     if not masked.nodes:
-        return lambda inputs: run_zeroed(model, plan, inputs)
-    state = {**dict(held(model)), **zeroed(model, plan)}
-    return lambda inputs: interpret(coupling.program, state, inputs, stand_in=masked.stand_in)
+        return run(model, inputs, {**state, **zeroed(model, plan, state)})
+    every = {**dict(held(model)), **state, **zeroed(model, plan, state)}
+    return interpret(coupling.program, every, inputs, stand_in=masked.stand_in)
 
 
 class _Masked:
@@ -290,18 +351,22 @@ class _Masked:
 # -- measuring ---------------------------------------------------------------------------------------------------
 
 
-def difference(got: list[torch.Tensor], want: list[torch.Tensor]) -> float:
-    """Largest difference of any output, relative to the largest value of that output; infinite if shapes differ."""
+def difference(got: list[torch.Tensor], want: list[torch.Tensor], dense: list[torch.Tensor] | None = None) -> float:
+    """Largest difference of any output, relative to the largest value of that output; infinite if shapes differ.
+
+    With `dense`, only values that pruning moves set the scale: a mask of -1e9 must not hide an error beside it.
+    """
     if [t.shape for t in got] != [t.shape for t in want]:
         return float("inf")
     worst = 0.0
-    for a, b in zip(got, want, strict=True):
+    for a, b, whole in zip(got, want, dense or want, strict=True):
         if b.numel() == 0:
             continue
+        moved = b != whole
         wide = torch.complex128 if b.is_complex() else torch.float64
         a, b = a.to(wide), b.to(wide)
         gap = torch.where(a == b, 0.0, (a - b).abs()).max().item()
-        finite = b[b.abs() < float("inf")].abs()
+        finite = b[(b.abs() < float("inf")) & (moved if moved.any() else True)].abs()
         scale = finite.max().item() if finite.numel() else 0.0
         if gap != gap:
             return float("inf")
@@ -377,9 +442,10 @@ def full_precision(inputs: Inputs) -> Inputs:
 
 
 def first_divergence(
-    model: nn.Module, pruned: nn.Module, inputs: Inputs, coupling: Coupling, plan: Plan, tolerance: float
+    model: nn.Module, pruned: nn.Module, trial: _Trial, coupling: Coupling, plan: Plan, tolerance: float
 ) -> str:
     """A sentence naming the first op whose values differ between the zeroed original and the pruned model."""
+    inputs = trial.inputs
     try:
         other = trace(pruned, inputs)
     except GraphpruneError as error:
@@ -387,10 +453,11 @@ def first_divergence(
     masked = _Masked(coupling, plan)
     ours: list[tuple[Node, Any]] = []
     theirs: list[tuple[Node, Any]] = []
-    state = {**dict(held(model)), **zeroed(model, plan)}
+    state = {**dict(held(model)), **trial.state, **zeroed(model, plan, trial.state)}
+    theirs_state = {**dict(held(pruned)), **trial.for_candidate(pruned, plan)}
     stand_in = masked.stand_in if masked.nodes else None
     interpret(coupling.program, state, inputs, watch=_recorder(ours), stand_in=stand_in)
-    interpret(other, dict(held(pruned)), inputs, watch=_recorder(theirs))
+    interpret(other, theirs_state, inputs, watch=_recorder(theirs))
     for (node, want), (peer, got) in zip(ours, theirs, strict=False):
         if _plain(node.op) != _plain(peer.op):
             return f"they run different ops from {node} on: {node.op} and {peer.op}"

@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from graphprune.coupling import Coupling
 from graphprune.errors import RewriteError
 from graphprune.plan import Plan
 from graphprune.rewrite.state import lookup, replacements
+from graphprune.rules.call import Path
 
 TRIES = 16
 """How many readings of ambiguous attributes are tried before giving up."""
@@ -48,20 +50,47 @@ def emit_module(model: nn.Module, coupling: Coupling, plan: Plan, problem: Calla
     Raises:
         RewriteError: no reading of the attributes computes what the zeroed original computes; the message says why.
     """
-    small: nn.Module = copy.deepcopy(model, dict(replacements(model, plan)))
+    small = _copied(model, plan)
+    alike = _alike(_options(small, coupling, plan))
     _set_torch_attributes(small)
-    options = _options(small, coupling, plan)
     first = ""
-    for tried, choice in enumerate(_choices(options)):
-        if tried == TRIES:
-            break
-        for slot, value in choice.items():
-            _write(small, slot, value)
+    for choice in itertools.islice(itertools.product(*(key.values for key in alike)), TRIES):
+        for key, value in zip(alike, choice, strict=True):
+            _write_all(small, alike[key], value)
         found = problem(small)
         if not found:
-            return small
+            return _with_fewest_changes(small, alike, choice, problem)
         first = first or found
     raise RewriteError(first)
+
+
+def _copied(model: nn.Module, plan: Plan) -> nn.Module:
+    """A deep copy with sliced tensors; results of earlier forwards that the model keeps are copied without their graph.
+
+    Raises:
+        RewriteError: the model holds something that cannot be copied.
+    """
+    memo: dict[int, Any] = dict(replacements(model, plan))
+    for module in model.modules():
+        for held in vars(module).values():
+            if isinstance(held, torch.Tensor) and not held.is_leaf:
+                memo[id(held)] = held.detach().clone()
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise RewriteError(f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}") from error
+
+
+def _with_fewest_changes(
+    small: nn.Module, alike: Mapping[_Key, list[Slot]], choice: Sequence[int], problem: Callable[[nn.Module], str]
+) -> nn.Module:
+    """Take back every change that the traced forward does not need: an attribute may equal a size by chance."""
+    for key, value in zip(alike, choice, strict=True):
+        if value != key.own and len(alike) > 1:
+            _write_all(small, alike[key], key.own)
+            if problem(small):
+                _write_all(small, alike[key], value)
+    return small
 
 
 # -- attributes of torch.nn modules ------------------------------------------------------------------------------
@@ -131,36 +160,31 @@ def _set_torch_attributes(model: nn.Module) -> None:
 
 def _options(small: nn.Module, coupling: Coupling, plan: Plan) -> dict[Slot, list[int]]:
     """Per int that may have to change, the values it may take, the likeliest first and its own value last."""
-    changed, unchanged = _changes(coupling, plan)
+    keep = {coupling.atoms[name]: len(kept) for name, kept in plan.groups.items()}
+    memo: dict[Any, int] = {}
     options: dict[Slot, list[int]] = {}
-    for path, moves in changed.items():
-        for old, news in moves.items():
-            for slot in _holding(small, path, old):
-                values = options.setdefault(slot, [])
-                values.extend(n for n in news if n not in values)
-                if old in unchanged.get(path, ()) or slot.attribute in _RARELY_SIZES:
-                    values.append(old)
-                    if slot.attribute in _RARELY_SIZES:
-                        values.reverse()
+    for applied in coupling.applied.values():
+        path = applied.node.module
+        for literal in applied.literals:
+            old, new = literal.axis.size, coupling.axes.width(literal.axis, keep, memo)
+            if old != new and not _set_argument(lookup(small, path), literal.path, old, new):
+                for slot in _holding(small, path, old):
+                    options.setdefault(slot, []).append(new)
     return {slot: list(dict.fromkeys([*values, _read(small, slot)])) for slot, values in options.items()}
 
 
-def _changes(coupling: Coupling, plan: Plan) -> tuple[dict[str, dict[int, list[int]]], dict[str, set[int]]]:
-    """Per module path, which literals became what, and which stayed."""
-    keep = {coupling.atoms[name]: len(kept) for name, kept in plan.groups.items()}
-    memo: dict[Any, int] = {}
-    changed: dict[str, dict[int, list[int]]] = {}
-    unchanged: dict[str, set[int]] = {}
-    for applied in coupling.applied.values():
-        for literal in applied.literals:
-            old, new = literal.axis.size, coupling.axes.width(literal.axis, keep, memo)
-            if old == new:
-                unchanged.setdefault(applied.node.module, set()).add(old)
-                continue
-            news = changed.setdefault(applied.node.module, {}).setdefault(old, [])
-            if new not in news:
-                news.append(new)
-    return changed, unchanged
+def _set_argument(module: Any, path: Path, old: int, new: int) -> bool:
+    """Set the attribute of a torch.nn module that is called like the argument; False if that is not how it keeps it."""
+    if not type(module).__module__.startswith("torch.nn.") or str(path[0]) not in vars(module):
+        return False
+    held = vars(module)[str(path[0])]
+    if len(path) == 1 and held in (old, new):
+        setattr(module, str(path[0]), new)
+        return True
+    if len(path) == 2 and isinstance(held, tuple) and held[int(path[1])] in (old, new):
+        setattr(module, str(path[0]), (*held[: int(path[1])], new, *held[int(path[1]) + 1 :]))
+        return True
+    return False
 
 
 def _holding(small: nn.Module, path: str, old: int) -> list[Slot]:
@@ -183,9 +207,6 @@ def _holding(small: nn.Module, path: str, old: int) -> list[Slot]:
         path = path.rpartition(".")[0]
 
 
-_RARELY_SIZES = frozenset({"dim", "axis", "padding_idx", "stride", "padding", "kernel_size", "dilation"})
-
-
 def _ints(attributes: Mapping[str, Any], value: int) -> Iterator[tuple[str, int | None]]:
     for name, held in attributes.items():
         if type(held) is int and held == value:
@@ -201,14 +222,29 @@ def _is_config(held: Any) -> bool:
     return hasattr(held, "__dict__") and not isinstance(held, (nn.Module, type)) and not callable(held)
 
 
-def _choices(options: Mapping[Slot, Sequence[int]]) -> Iterator[dict[Slot, int]]:
-    """Assignments in order of likelihood; slots alike in name and options are decided together."""
-    alike: dict[tuple[Any, ...], list[Slot]] = {}
+@dataclass(frozen=True)
+class _Key:
+    """What slots that are decided together have in common: name, values they may take, and their own value."""
+
+    attribute: str
+    index: int | None
+    config: str | None
+    values: tuple[int, ...]
+    own: int
+
+
+def _alike(options: Mapping[Slot, Sequence[int]]) -> dict[_Key, list[Slot]]:
+    """Slots that are alike in name and options, over all layers."""
+    alike: dict[_Key, list[Slot]] = {}
     for slot, values in options.items():
-        alike.setdefault((slot.attribute, slot.index, slot.config, tuple(values)), []).append(slot)
-    keys = list(alike)
-    for picks in itertools.product(*(range(len(key[3])) for key in keys)):
-        yield {slot: key[3][pick] for key, pick in zip(keys, picks, strict=True) for slot in alike[key]}
+        key = _Key(slot.attribute, slot.index, slot.config, tuple(values), values[-1])
+        alike.setdefault(key, []).append(slot)
+    return alike
+
+
+def _write_all(model: nn.Module, slots: Sequence[Slot], value: int) -> None:
+    for slot in slots:
+        _write(model, slot, value)
 
 
 def _owner(model: nn.Module, slot: Slot) -> Any:

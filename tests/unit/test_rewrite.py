@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import graphprune as gp
+from graphprune.pruning import emit_verified
 from tests.nets import Attention, CifarResNet, DenseBlock, UNet
 
 
@@ -135,6 +137,62 @@ def test_int_attributes_of_user_modules_are_solved(emit):
 def test_three_heads_beside_three_of_query_key_and_value_are_told_apart():
     result = half(Attention(width=30, heads=3, head_dim=6).eval(), torch.rand(2, 7, 30), emit="module")
     assert (result.model.heads, result.model.head_dim) == (2, 3)
+
+
+class Coincident(nn.Module):
+    """Three attributes of one value, of which one is a width."""
+
+    def __init__(self):
+        super().__init__()
+        self.longest, self.heads, self.version = 4, 4, 4
+        self.first, self.last = nn.Linear(3, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        b, n, _ = x[:, : self.longest].shape
+        h = self.first(x[:, : self.longest]).view(b, n, self.heads, -1)
+        return self.last((h * h.sum(-1, keepdim=True)).reshape(b, n, -1))
+
+
+def test_attributes_that_equal_a_width_by_chance_keep_their_value():
+    model, x = Coincident().eval(), torch.rand(2, 2, 3)
+    coupling = gp.couple(gp.trace(model, x))
+    plan = gp.Plan.of(coupling, {"first:[4]x2": [0, 3]})
+    small = emit_verified(model, gp.Inputs((x,)), coupling, plan, emit="module")[0].model
+    assert (small.longest, small.heads, small.version) == (4, 2, 4)
+
+
+def test_padding_that_equals_the_number_of_groups_stays():
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 5, padding=2, groups=2), nn.Conv2d(8, 2, 1)).eval()
+    small = half(net, torch.rand(2, 3, 8, 8), emit="module").model
+    assert (small[1].groups, small[1].padding) == (1, (2, 2))
+    assert small[1]._reversed_padding_repeated_twice == net[1]._reversed_padding_repeated_twice
+
+
+class Remembering(nn.Module):
+    """Keeps the result of its last forward, with its graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.seen = nn.Linear(3, 8), nn.Linear(8, 2), None
+
+    def forward(self, x):
+        self.seen = self.first(x).relu()
+        return self.last(self.seen)
+
+
+def test_a_model_that_remembers_a_result_can_be_copied():
+    model = Remembering()
+    model(torch.rand(2, 3))
+    assert model.seen.grad_fn is not None
+    assert half(model, torch.rand(2, 3), emit="module").model.first.out_features == 4
+
+
+def test_a_model_that_cannot_be_copied_becomes_a_graph():
+    model = Remembering()
+    model.lock = threading.Lock()
+    result = half(model, torch.rand(2, 3))
+    assert result.report.emitter == "graph"
+    assert "Remembering cannot be copied: TypeError: cannot pickle" in result.report.reason
 
 
 class Config:

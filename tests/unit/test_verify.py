@@ -206,3 +206,74 @@ def test_a_wrong_attention_scale_is_caught_although_it_hardly_shows():
     result = gp.prune(Faint().eval(), torch.rand(2, 5, 6), target=gp.Target(channels=0.5))
     assert result.report.emitter == "graph"
     assert result.report.verification.error < 1e-9
+
+
+class Faded(nn.Module):
+    """A branch behind a scale that starts at zero, as in ReZero and LayerScale."""
+
+    def __init__(self, start):
+        super().__init__()
+        self.first, self.up, self.down, self.last = nn.Linear(3, 6), nn.Linear(6, 8), nn.Linear(8, 6), nn.Linear(6, 2)
+        self.scale = nn.Parameter(torch.full((6,), start))
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.last(h + self.scale * self.down(self.up(h).relu()))
+
+
+@pytest.mark.parametrize("start", [0.0, 1e-6])
+def test_an_error_behind_a_scale_that_is_almost_zero_is_caught(start):
+    torch.manual_seed(0)
+    model, x = Faded(start).eval(), torch.rand(4, 3)
+    result = gp.prune(model, x, target=gp.Target(channels=0.5))
+    assert result.report.verification.error < 1e-9
+    with pytest.raises(gp.VerificationError, match="they part at linear in up"):
+        gp.verify(model, broken(result.model, lambda m: m.up.weight.mul_(2)), x, result.coupling, result.plan)
+
+
+def test_a_mask_in_the_output_does_not_hide_an_error_beside_it():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 8), nn.Linear(8, 5)
+
+        def forward(self, x):
+            return self.last(self.first(x).relu()).masked_fill(torch.arange(5) > 2, -1e12)
+
+    torch.manual_seed(0)
+    model, x = Masked().eval(), torch.rand(4, 3)
+    result = gp.prune(model, x, target=gp.Target(channels=0.5))
+    assert result.report.verification.error < 1e-9
+    with pytest.raises(gp.VerificationError, match="they part at linear in last"):
+        gp.verify(model, broken(result.model, lambda m: m.last.weight.mul_(1.01)), x, result.coupling, result.plan)
+
+
+def test_a_copy_that_still_runs_the_original_is_caught():
+    class Closed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 8), nn.Linear(8, 2)
+            self.head = nn.Linear(2, 2)
+            self.call = lambda h: self.head(h)
+
+        def forward(self, x):
+            return self.call(self.last(self.first(x).relu()))
+
+    result = gp.prune(Closed().eval(), torch.rand(4, 3), target=gp.Target(channels=0.5))
+    assert result.report.emitter == "graph"
+    assert "the copy still runs head of the original" in result.report.reason
+
+
+def test_a_model_that_changes_its_input_in_place_gets_a_copy():
+    class Halving(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.last(self.first(x.mul_(0.5)).relu())
+
+    model, x = Halving().eval(), torch.rand(4, 3)
+    before = x.clone()
+    assert gp.prune(model, x, target=gp.Target(channels=0.5)).report.verification.error < 1e-9
+    assert torch.equal(x, before)
