@@ -67,10 +67,10 @@ class _Builder:
         self.applied: dict[str, Applied] = {}
         self.statistics: list[tuple[Axis, Node]] = []
         self.unknown: dict[str, tuple[str, list[Node]]] = {}
-        self.base: dict[Value, Value] = {}
+        self.root: dict[Value, Value] = {}
         for value in program.state:
             self.dims[value] = tuple(Atom(size) for size in value.shape)
-            self.zero[value] = tuple(True for _ in value.shape)
+            self.zero[value] = tuple(value.kind != "constant" for _ in value.shape)
         for value in program.inputs:
             self.dims[value] = tuple(Atom(size) for size in value.shape)
             self.zero[value] = tuple(False for _ in value.shape)
@@ -139,21 +139,22 @@ class _Builder:
         return tuple(holds(axis) for axis in dims)
 
     def _write_through(self, node: Node) -> None:
-        """An in-place op changes what it was given, and what that is a view of."""
+        """An in-place op changes what it was given, and everything that is a view of the same tensor."""
         operands = list(node.values())
         if not node.outputs or not operands:
             return
-        if node.op.endswith("_") and not node.op.endswith("__"):
-            value: Value | None = operands[0]
-            now = self.zero[node.outputs[0]]
-            if value is not None and len(now) == len(self.zero[value]):
-                self.zero[value] = now
-            while (value := self.base.get(value) if value else None) is not None:
-                self.zero[value] = tuple(z and all(now) for z in self.zero[value])
-            self.base[node.outputs[0]] = operands[0]
-        elif node.op in _VIEWS:
+        in_place = node.op.endswith("_") and not node.op.endswith("__")
+        if in_place or node.op in _VIEWS:
+            root = self.root.setdefault(operands[0], operands[0])
             for out in node.outputs:
-                self.base[out] = operands[0]
+                self.root[out] = root
+        if in_place:
+            zeros_stay = all(self.zero[node.outputs[0]])
+            for value in [v for v, root_of in self.root.items() if root_of is self.root[operands[0]]]:
+                if value is not node.outputs[0]:
+                    same = value is operands[0] and len(self.zero[value]) == len(self.zero[node.outputs[0]])
+                    now = self.zero[node.outputs[0]] if same else (zeros_stay,) * len(self.zero[value])
+                    self.zero[value] = tuple(z and n for z, n in zip(self.zero[value], now, strict=True))
 
     def finish(self, norms: Literal["pin", "prune"], again: Callable[[Program], Coupling]) -> Coupling:
         """Settle the equations and read groups and pins off them."""

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import functools
 import operator
+import random
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -61,24 +63,38 @@ class Inputs:
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Put `model` in eval mode for the block; afterwards its flags, attributes and the random state are as before."""
-    modules = list(model.modules())
+    """Put `model` in eval mode for the block; afterwards it is as before, and so are the random generators.
+
+    As before means flags, attributes, what its dicts, lists and sets hold, and the values of its buffers.
+    """
+    modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
     before = [(m, dict(vars(m)), [(held, copy.copy(held)) for held in _containers(m)]) for m in modules]
+    scripted = [(m, m.training) for m in model.modules() if isinstance(m, torch.jit.ScriptModule)]
+    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if not b.is_meta]
     fast_path = torch.backends.mha.get_fastpath_enabled()
+    generators = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=_cuda_devices(model)):
             torch.backends.mha.set_fastpath_enabled(False)
-            for module in modules:
+            for module in model.modules():
                 module.training = False
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
+        random.setstate(generators[0])
+        np.random.set_state(generators[1])
+        for module, training in scripted:
+            module.training = training
         for module, attributes, containers in before:
             for held, saved in containers:
                 held.clear()
                 held.extend(saved) if isinstance(held, list) else held.update(saved)
             vars(module).clear()
             vars(module).update(attributes)
+        with torch.no_grad():
+            for buffer, version, values in buffers:
+                if buffer._version != version:
+                    buffer.copy_(values)
 
 
 def _containers(module: nn.Module) -> list[Any]:
@@ -142,6 +158,8 @@ def _check(model: object, inputs: Inputs) -> None:
         raise InputError(f"model is a {type(model).__name__}, not a torch.nn.Module; pass the module itself")
     if isinstance(model, torch.jit.ScriptModule):
         raise InputError("model is a ScriptModule, which has no Python to trace; pass the module it was scripted from")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise InputError(f"model is wrapped in {type(model).__name__}; prune model.module and wrap the result again")
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise InputError(f"{name} is not initialised yet; run the model once on real inputs, then prune it")

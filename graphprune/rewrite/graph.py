@@ -40,7 +40,10 @@ def emit_graph(model: nn.Module, inputs: Inputs, coupling: Coupling, plan: Plan)
     open_batch, limits = _with_open_batch(model, inputs, coupling)
     graph_module = open_batch.program.source.module(check_guards=False)
     plan = Plan.of(open_batch, plan.groups)
-    _Writer(open_batch, plan).rewrite(graph_module, "")
+    _Writer(open_batch, plan, model).rewrite(graph_module, "")
+    _guard(graph_module.graph)
+    graph_module.graph._tracer_cls = None  # the exporter's cannot be pickled
+    graph_module.graph._tracer_extras = None
     small = fx.GraphModule(graph_module, graph_module.graph, class_name=type(model).__name__)
     _take_state(small, model, plan)
     for module in small.modules():
@@ -65,6 +68,34 @@ def _with_open_batch(model: nn.Module, inputs: Inputs, coupling: Coupling) -> tu
     return coupling, f"the batch size stays {min(sizes, default=1)}, the model cannot be traced with an open one"
 
 
+def _guard(graph: fx.Graph) -> None:
+    """Refuse inputs that the trace does not hold for: sizes it fixed, and arguments that are no tensors."""
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    if not placeholders:
+        return
+    with graph.inserting_before(placeholders[-1].next):
+        for node in placeholders:
+            val = node.meta.get("val")
+            if not isinstance(val, torch.Tensor):
+                same = operator.is_ if val is None else operator.eq
+                if val is None or isinstance(val, (bool, int, float, str)):
+                    _assert(graph, graph.call_function(same, (node, val)), f"{node.name} was {val!r}")
+                continue
+            for d, size in enumerate(val.shape):
+                fixed = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else int(size)
+                if fixed is not None:
+                    found = graph.call_function(torch.ops.aten.sym_size.int, (node, d))
+                    _assert(
+                        graph, graph.call_function(operator.eq, (found, fixed)), f"dim {d} of {node.name} was {fixed}"
+                    )
+    graph.lint()
+
+
+def _assert(graph: fx.Graph, holds: fx.Node, what: str) -> None:
+    text = f"this graph module holds only for inputs like those it was pruned with: {what}; prune again with others"
+    graph.call_function(torch._assert, (holds, text))
+
+
 def _take_state(small: nn.Module, model: nn.Module, plan: Plan) -> None:
     """Give the graph module its own tensors: sliced where the plan says so, tied where they were tied."""
     originals = dict(held(model))
@@ -77,6 +108,8 @@ def _take_state(small: nn.Module, model: nn.Module, plan: Plan) -> None:
             new[id(original)] = smaller(tensor, name, plan)
         table = owner._parameters if leaf in owner._parameters else owner._buffers
         table[leaf] = new[id(original)]
+        if leaf in getattr(lookup(model, path), "_non_persistent_buffers_set", ()):
+            owner._non_persistent_buffers_set.add(leaf)
 
 
 def raised(module: fx.GraphModule) -> fx.GraphModule:
@@ -100,8 +133,8 @@ def raised(module: fx.GraphModule) -> fx.GraphModule:
 class _Writer:
     """Rewrites the sizes in one graph and the graphs nested in it."""
 
-    def __init__(self, coupling: Coupling, plan: Plan) -> None:
-        self.coupling = coupling
+    def __init__(self, coupling: Coupling, plan: Plan, model: nn.Module) -> None:
+        self.coupling, self.model = coupling, model
         self.widths: dict[Atom, int] = {coupling.atoms[n]: len(kept) for n, kept in plan.groups.items()}
         self.memo: dict[Axis, Any] = {}
         self.values: Mapping[str, Value] = {v.name: v for v in coupling.dims}
@@ -130,7 +163,9 @@ class _Writer:
                 continue
             if (applied := self.coupling.applied.get(prefix + node.name)) is not None:
                 self._node(graph, node, applied, prefix)
-            switch.follow(node)
+                owner = lookup(self.model, applied.node.module)
+                if getattr(owner, "training", self.model.training) == self.model.training:  # else it is frozen
+                    switch.follow(node)
         graph.lint()
         module.recompile()
 

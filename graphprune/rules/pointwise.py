@@ -20,7 +20,7 @@ ZERO_TO_ZERO = """
 """
 NOT_ZERO = """
     sigmoid hardsigmoid log_sigmoid exp exp2 softplus cos cosh acos erfc logical_not bitwise_not isfinite
-    ones_like full_like rand_like randn_like empty_like special_expit
+    ones_like full_like empty_like special_expit
 """
 SINGULAR = "log log2 log10 logit reciprocal rsqrt digamma lgamma acosh"
 
@@ -40,6 +40,7 @@ _BINARY = {
     "fmin": "a + b",
     "copysign": "a",
     "hypot": "a + b",
+    "atan2": "1",
     "logical_and": "a*b",
     "logical_or": "a + b",
     "logical_xor": "a + b",
@@ -87,7 +88,7 @@ _QUOTIENT = rule("*s, *s -> *s", zero="a")
 _PLUS_QUOTIENT = rule("*s, *s, *s -> *s", zero="a + b")
 
 
-@function("div divide true_divide floor_divide fmod remainder atan2")
+@function("div divide true_divide floor_divide fmod remainder")
 def quotient(call: Call) -> Sequence[Dims]:
     """0 divided by anything but 0."""
     if sum(v is not None for v in operand_values(call.node)) == 2:

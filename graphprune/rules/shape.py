@@ -224,7 +224,10 @@ def _filled(zero: bool) -> Callable[[Call], Sequence[Dims]]:
     return apply
 
 
-@function("arange linspace logspace eye rand randn randint randperm bartlett_window hann_window scalar_tensor")
+@function(
+    "arange linspace logspace eye rand randn randint randperm "
+    "rand_like randn_like randint_like bernoulli multinomial bartlett_window hann_window scalar_tensor"
+)
 def positions(call: Call) -> Sequence[Dims]:
     """Tensors whose positions mean something."""
     return [tuple(call.pinned(size, f"{call.node.op} makes it") for size in v.shape) for v in call.node.outputs]

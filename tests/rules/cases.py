@@ -77,12 +77,15 @@ VALUELESS = {"rand_like", "randn_like", "empty_like", "empty", "new_empty", "emp
     "randn",
     "randint",
     "randperm",
+    "randint_like",
+    "bernoulli",
+    "multinomial",
 }
 
 UNARY = [_unary(n) for n in f"{ZERO_TO_ZERO} {NOT_ZERO} {SINGULAR}".split() if n not in VALUELESS]
 
-_FLOAT_PAIRS = "add sub rsub subtract mul multiply maximum minimum fmax fmin copysign hypot eq ne lt gt le ge"
-_QUOTIENTS = "div divide true_divide floor_divide fmod remainder atan2"
+_FLOAT_PAIRS = "add sub rsub subtract mul multiply maximum minimum fmax fmin copysign hypot atan2 eq ne lt gt le ge"
+_QUOTIENTS = "div divide true_divide floor_divide fmod remainder"
 _BOOL_PAIRS = "logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor __and__ __or__ __xor__"
 
 
