@@ -81,10 +81,13 @@ class _Builder:
         """Pin the widths of the parameters and modules named.
 
         Raises:
+            InputError: a name is not a string.
             UnknownName: the model has none of that name.
         """
         targets = {v.target: v for v in self.program.state if v.target}
         for name in names:
+            if not isinstance(name, str):
+                raise InputError(f"keep_names holds {name!r}; it lists names of parameters or modules")
             name_here = self.program.aliases.get(name, name)
             found = [v for t, v in targets.items() if t == name_here or t.startswith(f"{name_here}.")]
             if not found:

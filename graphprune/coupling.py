@@ -17,6 +17,8 @@ from graphprune.program import Node, Program, Value
 from graphprune.rules import Applied, Dims
 from graphprune.rules.call import operand_values
 
+SHOWN = 6
+"""How many shared parts of two parameters `explain` spells out."""
 Exactness = Literal["exact", "renormalised"]
 
 
@@ -180,17 +182,23 @@ class Coupling:
         Args:
             a, b: fully qualified names of parameters or buffers.
         Returns:
-            One line per op on the shortest chain of ties between them, or a sentence saying they are not tied.
+            For each part they share, one line per op on the shortest chain of ties; or a sentence saying they are not
+            tied.
         Raises:
             UnknownName: a name is not in the model.
         """
         first, second = self.slot(a), self.slot(b)
+        if first is second:
+            return f"{a} and {b} are one and the same tensor"
+        chains = []
         for da, axis in enumerate(self.dims[first]):
             for db, other in enumerate(self.dims[second]):
-                shared = [x for x in self.axes.leaves(axis) if x in set(self.axes.leaves(other))]
-                if shared and (first is not second or da < db):
-                    return self._chain((a, first, da), (b, second, db), shared[0])
-        return f"{a} and {b} are not tied: they share no channels"
+                theirs = set(self.axes.leaves(other))
+                shared = [atom for atom in self.axes.leaves(axis) if atom in theirs]
+                chains += [self._chain((a, first, da), (b, second, db), atom) for atom in shared]
+        if len(chains) > SHOWN:
+            chains[SHOWN:] = [f"and {len(chains) - SHOWN} more parts"]
+        return "\n".join(chains) or f"{a} and {b} are not tied: they share no channels"
 
     def _chain(self, a: tuple[str, Value, int], b: tuple[str, Value, int], atom: Atom) -> str:
         title = f"{a[0]} dim {a[2]} and {b[0]} dim {b[2]} share {atom.size} channels{self._group_of(atom)}:"

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from graphprune.axes import Mask
 from graphprune.coupling import Coupling
@@ -95,6 +96,23 @@ class Plan:
                 + "\nmake a new plan from this model's coupling: Plan.of(coupling, {...})"
             )
 
+    def check_model(self, model: nn.Module) -> None:
+        """Refuse a model that this plan was not made for.
+
+        Raises:
+            PlanError: a parameter or buffer has another shape; the message names the first ones.
+        """
+        held = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+        wrong = [
+            f"{name} is {list(self.shapes[name])} in the plan, {list(tensor.shape)} in the model"
+            for name, tensor in held.items()
+            if name in self.shapes and tuple(tensor.shape) != self.shapes[name]
+        ]
+        if not held.keys() & self.shapes.keys():
+            wrong = ["they have no parameter or buffer in common"]
+        if wrong:
+            raise PlanError("the plan was made for another model:\n  " + "\n  ".join(wrong[:4]))
+
     def to_json(self) -> str:
         """The plan as JSON text."""
         return json.dumps(
@@ -138,9 +156,11 @@ def _valid(name: str, positions: Sequence[int], size: int) -> tuple[int, ...]:
     """Kept positions, checked and in order.
 
     Raises:
-        PlanError: none, out of range, or repeated.
+        PlanError: none, no ints, out of range, or repeated.
     """
-    given = [int(p) for p in (positions.tolist() if hasattr(positions, "tolist") else positions)]
+    given = positions.tolist() if hasattr(positions, "tolist") else list(positions)
+    if any(isinstance(p, bool) or not isinstance(p, int) for p in given):
+        raise PlanError(f"group {name!r}: positions are ints, not {given[:4]}; for a mask use mask.nonzero().flatten()")
     if not given:
         raise PlanError(f"group {name!r}: keeping none of {size} channels would cut the network; keep at least one")
     wrong = sorted({p for p in given if not 0 <= p < size})

@@ -11,7 +11,7 @@ from torch import nn
 from graphprune.allocate import Target, allocate
 from graphprune.couple import couple
 from graphprune.coupling import Coupling
-from graphprune.errors import PlanError, VerificationError
+from graphprune.errors import InputError, PlanError, VerificationError
 from graphprune.importance import Importance, Magnitude
 from graphprune.plan import Plan
 from graphprune.report import Report, report
@@ -78,12 +78,26 @@ def prune(
           (2): Linear(in_features=4, out_features=5, bias=True)
         )
     """
+    _check(target, importance)
     inputs = Inputs.of(example_inputs)
     coupling = couple(trace(model, inputs), norms=norms, on_unknown=on_unknown, keep_names=keep_names)
     require_groups(coupling)
     plan = allocate(importance(model, coupling), target, coupling)
     rewritten, verification = emit_verified(model, inputs, coupling, plan, emit=emit, verify=verify)
     return Result(rewritten.model, plan, coupling, report(coupling, plan, target, rewritten, verification))
+
+
+def _check(target: object, importance: object) -> None:
+    """Refuse what is easily passed in place of a target or an importance.
+
+    Raises:
+        InputError: they are something else.
+    """
+    if not isinstance(target, Target):
+        raise InputError(f"target={target!r}: pass a Target that says of what, such as gp.Target(macs=0.5)")
+    if isinstance(importance, type) or not callable(importance):
+        name = getattr(importance, "__name__", repr(importance))
+        raise InputError(f"importance={name}: pass an instance, such as gp.importance.Magnitude()")
 
 
 def require_groups(coupling: Coupling) -> None:
@@ -101,15 +115,16 @@ def require_groups(coupling: Coupling) -> None:
 def emit_verified(
     model: nn.Module, inputs: Inputs, coupling: Coupling, plan: Plan, *, emit: Emit = "auto", verify: bool = True
 ) -> tuple[Rewritten, Verification | None]:
-    """The first emission that verifies; with `verify=False` the first that can be built.
+    """The first emission that verifies; with `verify=False` the first that gives what it must on the example inputs.
 
     Raises:
         RewriteError: the emitter asked for cannot carry out the plan.
         VerificationError: the last emission does not compute what it must.
     """
-    if not verify:
-        return rewrite(model, inputs, coupling, plan, emit=emit), None
     bench = Bench(model, inputs, coupling, plan)
+    if not verify:
+        problem = bench.runs if emit == "auto" else lambda candidate: ""
+        return rewrite(model, inputs, coupling, plan, emit=emit, problem=problem), None
     rewritten = rewrite(model, inputs, coupling, plan, emit=emit, problem=bench.problem)
     try:
         return rewritten, bench.compare(rewritten.model)

@@ -35,6 +35,8 @@ TOLERANCE: Mapping[str, float] = {"float64": 1e-9, "float64 with parts in float3
 """Largest relative error accepted, by the precision compared in. Models run in float64 where they can."""
 RAISED_LIMIT = 200_000_000
 """Models with more parameters than this are compared in the precision they have."""
+NOISE = 1e-6
+"""Outputs below this are rounding noise around zero, and are not measured against themselves."""
 FAINT = 1e-2
 """A parameter whose largest value is below this is drawn anew for the comparison on fresh inputs."""
 
@@ -113,6 +115,21 @@ class Bench:
             return f"{type(failure).__name__}: {next(iter(str(failure).splitlines()), '')}"
         return "" if error <= self._tolerance(error)[1] else f"its output is off by {error:.1e}"
 
+    def runs(self, candidate: nn.Module) -> str:
+        """As `problem`, on the example inputs alone, and content with NaN where the original has it."""
+        trial = self._trial(0)
+        try:
+            candidate = self._like(candidate)
+            with _without(self._original):
+                got = run(candidate, trial.inputs)
+        except Exception as failure:
+            return f"{type(failure).__name__}: {next(iter(str(failure).splitlines()), '')}"
+        known = [torch.where(w.isnan(), 0, w) for w in trial.want]
+        if [g.shape for g in got] != [w.shape for w in trial.want]:
+            return "its output has another shape"
+        error = difference([torch.where(w.isnan(), 0, g) for g, w in zip(got, trial.want, strict=True)], known)
+        return "" if error <= self._tolerance(error)[1] else f"its output is off by {error:.1e}"
+
     def compare(self, pruned: nn.Module, *, fresh: int = 1) -> Verification:
         """Hold `pruned` against the zeroed original on the example inputs and on fresh ones; see `verify`.
 
@@ -128,6 +145,10 @@ class Bench:
                 lower = Bench(self._original, self._given, self._coupling, self.plan, limit=-1)
                 return lower.compare(pruned, fresh=fresh)
             raise VerificationError(f"the pruned model fails: {type(failure).__name__}: {failure}") from failure
+        if not any(t.is_floating_point() or t.is_complex() for t in self._trial(0).want):
+            where = first_divergence(self.model, candidate, self._trial(0), self.coupling, self.plan, 1e-6)
+            if where != _AGREE:  # rounded outputs, such as an argmax, hide what happened before them
+                raise VerificationError(f"the pruned model differs from the zeroed original\n  {where}")
         error = effect = 0.0
         for trial in map(self._trial, range(1 + fresh)):
             _check_not_nan(trial.dense)
@@ -147,11 +168,22 @@ class Bench:
     def _trial(self, k: int) -> _Trial:
         """The example inputs with the weights as they are (k = 0), or fresh ones with no weight too faint to matter."""
         if k not in self._trials:
-            inputs = like(self.inputs, k) if k else self.inputs
             state = lively(self.model, k) if k else {}
+            inputs, dense = self._accepted(k, state)
             want = _reference(self.model, self.coupling if self._masked else self._coupling, self.plan, inputs, state)
-            self._trials[k] = _Trial(inputs, state, want, run(self.model, inputs, state))
+            self._trials[k] = _Trial(inputs, state, want, dense)
         return self._trials[k]
+
+    def _accepted(self, k: int, state: Mapping[str, torch.Tensor]) -> tuple[Inputs, list[torch.Tensor]]:
+        """Inputs on which the original works, and what it gives: fresh noise, else shuffled rows, else the example."""
+        for inputs in (like(self.inputs, k), shuffled(self.inputs, k)) if k else ():
+            try:
+                dense = run(self.model, inputs, state)
+            except Exception:  # an index out of range, say: these inputs are outside its domain
+                continue
+            if not any(t.isnan().any() for t in dense):
+                return inputs, dense
+        return self.inputs, run(self.model, self.inputs, state)
 
     def _like(self, candidate: nn.Module) -> nn.Module:
         """The candidate in the precision compared in."""
@@ -185,7 +217,14 @@ class Bench:
 
 @dataclass(frozen=True)
 class _Trial:
-    """One comparison: inputs, the weights that differ from the model's own, what must come out, and the dense output."""
+    """One comparison.
+
+    Attributes:
+        inputs: of the forward.
+        state: weights that differ from the model's own.
+        want: what must come out.
+        dense: what the original gives.
+    """
 
     inputs: Inputs
     state: Mapping[str, torch.Tensor]
@@ -370,7 +409,7 @@ def difference(got: list[torch.Tensor], want: list[torch.Tensor], dense: list[to
         scale = finite.max().item() if finite.numel() else 0.0
         if gap != gap:
             return float("inf")
-        worst = max(worst, gap / scale if scale > 0 else gap)
+        worst = max(worst, gap / max(scale, NOISE) if scale > 0 else gap)
     return worst
 
 
@@ -394,6 +433,20 @@ def like(inputs: Inputs, seed: int) -> Inputs:
             return (noise * known.std() + known.mean()).to(tensor)
         order = torch.randperm(tensor.numel(), generator=generator).to(tensor.device)
         return tensor.flatten()[order].reshape(tensor.shape)
+
+    return inputs.map(new)
+
+
+def shuffled(inputs: Inputs, seed: int) -> Inputs:
+    """The rows of the example (its positions along dim 0) in another order, the same for all tensors."""
+    generator = torch.Generator().manual_seed(seed)
+    orders: dict[int, torch.Tensor] = {}
+
+    def new(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.dim():
+            return tensor
+        order = orders.setdefault(tensor.shape[0], torch.randperm(tensor.shape[0], generator=generator))
+        return tensor.index_select(0, order.to(tensor.device))
 
     return inputs.map(new)
 
@@ -472,7 +525,10 @@ def first_divergence(
                 f"relative difference {gap:.2e}" if shapes[0] == shapes[1] else f"shapes {shapes[0]} and {shapes[1]}"
             )
             return f"they part at {node}{code} ({apart})"
-    return "every op agrees on its own; they part in how the outputs are put together"
+    return _AGREE
+
+
+_AGREE = "every op agrees on its own; they part in how the outputs are put together"
 
 
 def _recorder(into: list[tuple[Node, Any]]) -> Callable[[Node, Any], None]:

@@ -9,7 +9,7 @@ import torch
 
 from graphprune.cost import COSTS
 from graphprune.coupling import Coupling
-from graphprune.errors import TargetError
+from graphprune.errors import InputError, TargetError
 from graphprune.plan import Plan
 
 
@@ -63,10 +63,26 @@ def allocate(scores: Mapping[str, torch.Tensor], target: Target, coupling: Coupl
         coupling: whose groups are meant.
     Raises:
         TargetError: a cost target lies below what is left with one channel per group; the message gives that value.
+        UnknownName: scores for a group that is not there.
+        InputError: scores that are not one finite number per channel.
     """
-    sizes = {name: coupling.group(name).size for name in scores}
+    sizes = {name: _checked(name, score, coupling.group(name).size) for name, score in scores.items()}
     widths = _uniform(sizes, target.value) if target.name == "channels" else _search(sizes, target, coupling)
     return Plan.of(coupling, {name: _best(scores[name], width) for name, width in widths.items()})
+
+
+def _checked(name: str, score: torch.Tensor, size: int) -> int:
+    """The size of a group, once its scores are found to fit.
+
+    Raises:
+        InputError: they do not.
+    """
+    if not isinstance(score, torch.Tensor) or score.shape != (size,):
+        found = tuple(score.shape) if isinstance(score, torch.Tensor) else type(score).__name__
+        raise InputError(f"scores of group {name!r} are {found}; an importance gives a tensor of shape ({size},)")
+    if score.isnan().any():
+        raise InputError(f"scores of group {name!r} hold NaN, which has no rank; check the weights and the importance")
+    return size
 
 
 def _uniform(sizes: Mapping[str, int], fraction: float) -> dict[str, int]:

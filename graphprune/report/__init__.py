@@ -49,6 +49,7 @@ class Report:
         groups: width of every group before and after.
         pinned: parts of parameters that stayed whole, with the cause.
         unknown: ops without a rule.
+        unused: parameters and buffers that the traced forward does not read.
         emitter: "module" or "graph".
         reason: why the emitters before it were passed over; empty if it was the first.
         verification: what the comparison with the zeroed original found; None if it was switched off.
@@ -60,6 +61,7 @@ class Report:
     groups: tuple[Width, ...]
     pinned: tuple[PinnedAxis, ...]
     unknown: tuple[Unknown, ...]
+    unused: tuple[str, ...]
     emitter: str
     reason: str
     verification: Verification | None
@@ -77,6 +79,11 @@ class Report:
         lines.append(f"  emitted   {self.emitter}" + (f" because {self.reason}" if self.reason else ""))
         lines.append(f"  verified  {self._verified()}")
         lines.extend(f"  pinned    {n} axes: {reason}" for reason, n in self._causes().most_common(6))
+        if self.unused:
+            lines.append(
+                f"  not read  {len(self.unused)} tensors, such as {self.unused[0]}: the eval-mode forward does not "
+                "read them, so they keep their shape; code that only training runs may not fit them any more"
+            )
         for u in self.unknown:
             lines.append(f"  no rule   {u.op}, {len(u.nodes)} nodes, first at {u.nodes[0]}: {u.why}")
         return "\n".join(lines)
@@ -86,7 +93,7 @@ class Report:
         if v is None:
             return "no (verify=False)"
         text = f"relative error {v.error:.1e} in {v.precision} on {v.inputs} inputs (tolerance {v.tolerance:.0e})"
-        if v.effect == 0:
+        if v.effect <= v.tolerance:
             return f"{text}; the removed channels had no effect on these inputs, so this proves nothing"
         return f"{text}; zeroing itself moved the output by {v.effect:.1e}"
 
@@ -118,6 +125,7 @@ def report(
         groups=tuple(Width(g.name, g.size, kept[g.name], len(g.members), g.exactness) for g in coupling.groups),
         pinned=coupling.pinned,
         unknown=coupling.unknown,
+        unused=tuple(n for n in coupling.program.unused if not n.endswith("num_batches_tracked")),
         emitter=rewritten.emitter,
         reason=rewritten.reason,
         verification=verification,

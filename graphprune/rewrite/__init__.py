@@ -58,6 +58,7 @@ def rewrite(
     if emit not in ("auto", "module", "graph"):
         raise InputError(f"emit={emit!r}; it is 'auto', 'module' or 'graph'")
     plan.check(coupling)
+    plan.check_model(model)
     inputs = Inputs.of(example_inputs)
     reason = ""
     if emit != "graph":
