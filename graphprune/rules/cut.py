@@ -85,6 +85,17 @@ def split(call: Call) -> Sequence[Dims]:
     return outputs
 
 
+@function("glu")
+def glu(call: Call) -> Sequence[Dims]:
+    """One half of a dim gates the other, position by position."""
+    dims, zeros, dim = call.dims(call.first), call.zeros(call.first), call.dim()
+    half = Atom(call.shape[dim])
+    call.axes.unify(dims[dim], Sum(half, half), call.node)
+    straight(call, [(d, d) for d in range(len(dims))])
+    call.zero = [zeros]
+    return [tuple(half if d == dim else a for d, a in enumerate(dims))]
+
+
 def _without(call: Call, dim: int) -> Sequence[Dims]:
     """The outputs of an op that takes single positions of `dim`."""
     dims, zeros = call.dims(call.first), call.zeros(call.first)

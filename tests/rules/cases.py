@@ -343,6 +343,7 @@ SHAPE = [
     c(aten.unsafe_chunk.default, t(2, 14), 2, 1, free=3),
     c(aten.unsafe_split.Tensor, t(2, 14), 7, 1, free=3),
     c(aten.unsafe_split_with_sizes.default, t(2, 14), [3, 11], 1, free=3),
+    c(aten.glu.default, signed(2, 6, 5), 1, free=3),
     c(aten.unbind.int, t(2, 3, 5), 1, free=2),
     c(aten.select.int, t(2, 3, 5), 1, -1, free=2),
     c(aten.slice.Tensor, t(2, 14), 1, 3, 10, free=4),
