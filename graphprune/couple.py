@@ -77,6 +77,12 @@ class _Builder:
             for d, axis in enumerate(self.dims[value]):
                 self.axes.pin(axis, Pin(f"it reaches dim {d} of the model's input {value.target}"))
 
+        by_name = {v.target: v for v in program.state}
+        for names in program.overlapping:
+            for name in names:
+                for axis in self.dims[by_name[name]]:
+                    self.axes.pin(axis, Pin(f"{' and '.join(names)} share storage, so they cannot shrink apart"))
+
     def keep(self, names: Iterable[str]) -> None:
         """Pin the widths of the parameters and modules named.
 

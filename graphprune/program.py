@@ -109,6 +109,7 @@ class Program:
         inputs, outputs: the model's tensors in and out, flattened in order.
         nodes: op calls in execution order.
         unused: parameters and buffers that no node reads.
+        overlapping: names of different state tensors that share storage, such as a weight and its transpose.
         dynamic_batch: whether the batch size was left open.
         source: what the front end keeps for the rewriter; opaque to everybody else.
     """
@@ -120,6 +121,7 @@ class Program:
     outputs: tuple[Value, ...]
     nodes: tuple[Node, ...]
     unused: tuple[str, ...]
+    overlapping: tuple[tuple[str, ...], ...]
     dynamic_batch: bool
     source: Any = field(repr=False, default=None)
 

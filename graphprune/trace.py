@@ -276,6 +276,7 @@ class _Reader:
             outputs=tuple(v for v in outputs if isinstance(v, Value)),
             nodes=tuple(self.nodes),
             unused=tuple(v.target for v in self.state.values() if id(v) not in read),
+            overlapping=self._overlapping(),
             dynamic_batch=any(_is_open(n.meta.get("val")) for n in placeholders),
             source=self.exported,
         )
@@ -313,6 +314,15 @@ class _Reader:
             value = self.state.get(id(tensor))
             if value is not None and value.target != name:
                 self.aliases.setdefault(name, value.target)
+
+    def _overlapping(self) -> tuple[tuple[str, ...], ...]:
+        """Names of different tensors of the state that share storage."""
+        by_storage: dict[int, list[str]] = {}
+        for value in self.state.values():
+            tensor = self._tensor(value.target) if value.target else None
+            if tensor is not None and not tensor.is_meta and tensor.numel():
+                by_storage.setdefault(tensor.untyped_storage().data_ptr(), []).append(value.target)
+        return tuple(tuple(names) for names in by_storage.values() if len(names) > 1)
 
     def _body(self, module: torch.fx.GraphModule, env: dict[torch.fx.Node, Any], prefix: str) -> list[Any]:
         for node in module.graph.nodes:

@@ -161,6 +161,17 @@ def test_a_weight_kept_as_a_plain_tensor_is_not_taken_for_zero():
     assert check.effect > 1e-2
 
 
+def test_parameters_that_share_storage_stay_whole():
+    model = Net(lambda s, x: s.last(s.first(x).relu()) @ s.back)
+    model.back = nn.Parameter(model.last.weight.data)
+    model.own = nn.Parameter(torch.rand(3))
+    coupling = gp.couple(gp.trace(model.eval(), torch.rand(2, 3)))
+    assert coupling.groups == ()
+    assert "last.weight and back share storage" in coupling.why_not("first.weight", 0).replace(
+        "back and last.weight", "last.weight and back"
+    )
+
+
 # -- the user's objects ------------------------------------------------------------------------------------------------
 
 
