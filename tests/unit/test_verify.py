@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import graphprune as gp
-from graphprune.verify import difference, like, run_zeroed, zeroed
+from graphprune.verify import Bench, difference, like, run_zeroed, zeroed
 from tests.nets import CifarResNet, randomised
 
 
@@ -277,3 +277,18 @@ def test_a_model_that_changes_its_input_in_place_gets_a_copy():
     before = x.clone()
     assert gp.prune(model, x, target=gp.Target(channels=0.5)).report.verification.error < 1e-9
     assert torch.equal(x, before)
+
+
+def test_a_graph_of_code_that_fixes_float32_is_held_to_its_twin_and_to_the_original_as_it_is():
+    torch.manual_seed(0)
+    model, x = Rounds().eval(), torch.rand(4, 3)
+    result = gp.prune(model, x, target=gp.Target(channels=0.5), emit="graph")
+    bench = Bench(model, gp.Inputs((x,)), result.coupling, result.plan)
+    check = bench._by_twin(result.model, fresh=1)
+    assert (check.precision, check.tolerance) == ("float64", 1e-9)
+    assert check.error < 1e-12
+    with (
+        pytest.warns(FutureWarning, match="LeafSpec"),
+        pytest.raises(gp.VerificationError, match="they part at linear"),
+    ):
+        bench._by_twin(broken(result.model, lambda m: m.last.weight.mul_(1.1)), fresh=1)
