@@ -279,6 +279,7 @@ def test_a_model_that_changes_its_input_in_place_gets_a_copy():
     assert torch.equal(x, before)
 
 
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # torch's own, on copying any graph module
 def test_a_graph_of_code_that_fixes_float32_is_held_to_its_twin_and_to_the_original_as_it_is():
     torch.manual_seed(0)
     model, x = Rounds().eval(), torch.rand(4, 3)
@@ -287,8 +288,5 @@ def test_a_graph_of_code_that_fixes_float32_is_held_to_its_twin_and_to_the_origi
     check = bench._by_twin(result.model, fresh=1)
     assert (check.precision, check.tolerance) == ("float64", 1e-9)
     assert check.error < 1e-12
-    with (
-        pytest.warns(FutureWarning, match="LeafSpec"),
-        pytest.raises(gp.VerificationError, match="they part at linear"),
-    ):
+    with pytest.raises(gp.VerificationError, match="they part at linear"):
         bench._by_twin(broken(result.model, lambda m: m.last.weight.mul_(1.1)), fresh=1)
