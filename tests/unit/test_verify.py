@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import graphprune as gp
-from graphprune.verify import Bench, difference, like, run_zeroed, zeroed
+from graphprune.reference import like, run_zeroed, zeroed
+from graphprune.verify import Bench, difference
 from tests.nets import CifarResNet, randomised
 
 

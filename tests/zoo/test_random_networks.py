@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 import graphprune as gp
 from graphprune.pruning import emit_verified
-from graphprune.verify import difference, run_zeroed
+from graphprune.reference import run_zeroed
+from graphprune.verify import difference
 from tests.nets import randomised
 
 KINDS = (
