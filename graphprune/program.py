@@ -69,12 +69,6 @@ class Node:
     stack: str = field(repr=False, default="")
 
     @property
-    def operands(self) -> tuple[Value | None, ...]:
-        """The operands in schema order; None where one is absent or a Python number."""
-        found = (self.arguments.get(name) for name in self.tensors)
-        return tuple(v if isinstance(v, Value) else None for v in found)
-
-    @property
     def source(self) -> str:
         """The user's line behind this call, as `file.py:12`; empty where the tracer recorded none."""
         return _user_frame(self.stack)[0]

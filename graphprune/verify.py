@@ -48,7 +48,7 @@ class Verification:
             removed had no effect on these inputs, so the comparison could not have failed.
         tolerance: what `error` had to stay below.
         precision: what the comparison ran in, a key of `TOLERANCE`.
-        inputs: how many sets of inputs were compared.
+        inputs: how many different sets of inputs were compared; 1 where the original works on the example alone.
     """
 
     error: float
@@ -162,7 +162,8 @@ class Bench:
                     "this is a defect of graphprune or of a rule that was added; please report it with the model. "
                     "keep_names=[...] keeps the part concerned whole; verify=False skips the check"
                 )
-        return Verification(error, effect, tolerance, precision, 1 + fresh)
+        distinct = 1 + sum(not _same(self._trial(k).inputs, self.inputs) for k in range(1, 1 + fresh))
+        return Verification(error, effect, tolerance, precision, distinct)
 
     def _is_graph_of_float32(self, pruned: nn.Module) -> bool:
         """Whether a graph module may differ only because raising it also raised what the model's code rounds."""
@@ -299,6 +300,10 @@ def difference(got: list[torch.Tensor], want: list[torch.Tensor], dense: list[to
             return float("inf")
         worst = max(worst, gap / max(scale, NOISE) if scale > 0 else gap)
     return worst
+
+
+def _same(a: Inputs, b: Inputs) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.tensors(), b.tensors(), strict=True))
 
 
 def _check_not_nan(outputs: list[torch.Tensor]) -> None:

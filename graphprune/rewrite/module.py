@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +62,9 @@ def emit_module(model: nn.Module, coupling: Coupling, plan: Plan, problem: Calla
         if not found:
             return _with_fewest_changes(small, alike, choice, problem)
         first = first or found
-    raise RewriteError(first)
+    readings = math.prod(len(key.values) for key in alike)
+    untried = f" (and {readings - TRIES} readings of its int attributes were not tried)" if readings > TRIES else ""
+    raise RewriteError(first + untried)
 
 
 def _copied(model: nn.Module, plan: Plan) -> nn.Module:

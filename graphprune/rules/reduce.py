@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from graphprune.axes import Atom, Axis
 from graphprune.rules.call import Call, Dims
 from graphprune.rules.registry import function, op, table
+from graphprune.rules.text import rule
 
 
 def _dims(call: Call, rank: int) -> list[int]:
@@ -84,13 +85,14 @@ def _scan(zeros_stay: bool) -> Callable[[Call], Sequence[Dims]]:
     return apply
 
 
+_OF_TWO = rule("*s, *s -> *s", zero="a + b")
+
+
 @function("max min amax amin")
 def extreme(call: Call) -> Sequence[Dims]:
     """Along dims, or of two tensors element by element."""
     if call.has("other"):
-        from graphprune.rules.pointwise import POINTWISE
-
-        return POINTWISE["maximum"](call)
+        return _OF_TWO(call)
     return _reduce(_whole, (True, False))(call)
 
 

@@ -77,6 +77,14 @@ def test_fresh_inputs_stay_where_the_model_works():
     assert half(looked_up, torch.tensor([0.0, 3.0, 6.0, 6.0])).report.verification.error < 1e-9
 
 
+def test_a_model_that_works_on_its_example_alone_is_said_to_be_compared_once():
+    table = torch.tensor([[float("nan")] * 3, [0.1, 0.2, 0.3]])
+    only = Net(lambda s, x: s.last(s.first(table[(x == 0.25).all().long()] + x).relu()))
+    report = half(only, torch.full((1, 3), 0.25)).report
+    assert report.verification.inputs == 1
+    assert "on 1 inputs" in str(report)
+
+
 # -- graph modules say no where they do not hold -------------------------------------------------------------------
 
 

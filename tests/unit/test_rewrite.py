@@ -261,6 +261,14 @@ def test_auto_passes_over_a_class_that_cannot_follow_and_says_why():
         half(Fixed().eval(), torch.rand(5, 3), emit="module")
 
 
+def test_readings_that_were_not_tried_are_counted():
+    model = Fixed().eval()
+    model.a = model.b = model.c = model.d = model.e = 8
+    assert half(model, torch.rand(5, 3)).report.reason.endswith(
+        "(and 16 readings of its int attributes were not tried)"
+    )
+
+
 def test_an_unknown_emitter_is_refused():
     with pytest.raises(gp.InputError, match="it is 'auto', 'module' or 'graph'"):
         half(Fixed().eval(), torch.rand(5, 3), emit="script")
