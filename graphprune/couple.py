@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import nn
+
 from graphprune.axes import Atom, Axes, Axis, Pin
 from graphprune.coupling import Coupling, Exactness, Group, Member, Members, PinnedAxis, Unknown
-from graphprune.errors import InputError, RuleError, UnknownName, UnsupportedOp, nearest
+from graphprune.errors import InputError, RuleError, TraceError, UnknownName, UnsupportedOp, nearest
 from graphprune.program import Node, Program, Value
 from graphprune.rules import RULES, Applied, Call, Dims, Rule, find
+from graphprune.trace import Inputs, trace
 
 
 def couple(
@@ -54,6 +57,27 @@ def couple(
         raise UnsupportedOp(_unsupported(builder.unknown))
     again = functools.partial(couple, norms=norms, on_unknown=on_unknown, keep_names=keep_names, rules=rules)
     return builder.finish(norms, again)
+
+
+def exported(coupling: Coupling, model: nn.Module, inputs: Inputs, *, anew: bool = False) -> Coupling:
+    """The coupling of a program of `model` that can be run and rewritten: one that was exported, not only recorded.
+
+    Args:
+        coupling: of the same model, or of a copy of it in another precision.
+        model, inputs: what is exported.
+        anew: even if the program at hand can be run.
+    Raises:
+        TraceError: the model cannot be exported, or its exported program has other groups.
+    """
+    if coupling.program.source is not None and not anew:
+        return coupling
+    again = coupling.again(trace(model, inputs, front_end="export"))
+    if not again.alike(coupling):
+        raise TraceError(
+            f"{coupling.program.model_class} has other groups when exported than when recorded; "
+            "take the steps of gp.prune one by one, with gp.trace(..., front_end='export')"
+        )
+    return again
 
 
 class _Builder:

@@ -139,6 +139,10 @@ class Coupling:
                 return group
         raise UnknownName(f"no group {name!r}{nearest(name, [g.name for g in self.groups])}")
 
+    def alike(self, other: Coupling) -> bool:
+        """Whether a plan for one is a plan for the other: the same groups of the same sizes."""
+        return {(g.name, g.size) for g in self.groups} == {(g.name, g.size) for g in other.groups}
+
     def slot(self, name: str) -> Value:
         """The state tensor called `name`, by any of its names.
 

@@ -5,7 +5,8 @@ Nothing here is specific to a tracer: a front end fills these records, everythin
 
 from __future__ import annotations
 
-import re
+import functools
+import linecache
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -57,7 +58,7 @@ class Node:
         tensors: names of the arguments that are operands, in schema order: single tensors, and numbers in their place.
         outputs: the values it computes.
         module: path of the innermost module whose forward made the call ("" is the model itself).
-        stack: the Python stack of the call, innermost last, as the tracer recorded it.
+        line: file and line number of the innermost Python frame outside torch; None where none was recorded.
     """
 
     name: str
@@ -66,17 +67,17 @@ class Node:
     tensors: tuple[str, ...]
     outputs: tuple[Value, ...]
     module: str
-    stack: str = field(repr=False, default="")
+    line: tuple[str, int] | None = None
 
     @property
     def source(self) -> str:
-        """The user's line behind this call, as `file.py:12`; empty where the tracer recorded none."""
-        return _user_frame(self.stack)[0]
+        """The user's line behind this call, as `file.py:12`; empty where none was recorded."""
+        return f"{self.line[0].rsplit('/', 1)[-1]}:{self.line[1]}" if self.line else ""
 
     @property
     def code(self) -> str:
         """The text of that line."""
-        return _user_frame(self.stack)[1]
+        return linecache.getline(*self.line).strip() if self.line else ""
 
     def __str__(self) -> str:
         """Op, module path and source line, for messages."""
@@ -105,7 +106,7 @@ class Program:
         unused: parameters and buffers that no node reads.
         overlapping: names of different state tensors that share storage, such as a weight and its transpose.
         dynamic_batch: whether the batch size was left open.
-        source: what the front end keeps for the rewriter; opaque to everybody else.
+        source: the exported program behind it, which can be run and rewritten; None if the calls were only recorded.
     """
 
     model_class: str
@@ -133,14 +134,10 @@ class Program:
         return f"Program of {self.model_class}: {len(self.nodes)} nodes, {count} parameters"
 
 
-_FRAME = re.compile(r'File "([^"]+)", line (\d+), in \S+\n\s*([^\n]*)')
 _LIBRARY = ("/torch/nn/", "/torch/_", "/torch/utils/", "/torch/export/", "/torch/fx/", "/torch/functional.py")
 
 
-def _user_frame(stack: str) -> tuple[str, str]:
-    """The innermost frame outside torch, as (`file.py:12`, its code)."""
-    frames = _FRAME.findall(stack)
-    for path, line, code in reversed(frames):
-        if not any(part in path for part in _LIBRARY):
-            return f"{path.rsplit('/', 1)[-1]}:{line}", code.strip()
-    return "", ""
+@functools.cache
+def is_library(path: str) -> bool:
+    """Whether a source file belongs to torch, whose frames say little to the user."""
+    return any(part in path for part in _LIBRARY)

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from graphprune.couple import exported
 from graphprune.coupling import Coupling
 from graphprune.errors import GraphpruneError, RewriteError, VerificationError
 from graphprune.interpret import interpret
@@ -97,9 +98,7 @@ class Bench:
     @functools.cached_property
     def coupling(self) -> Coupling:
         """The coupling of the model that is run: its trace states dtypes, so a raised copy needs one of its own."""
-        if self.model is self._original:
-            return self._coupling
-        return self._coupling.again(trace(self.model, self.inputs))
+        return exported(self._coupling, self.model, self.inputs, anew=self.model is not self._original)
 
     def problem(self, candidate: nn.Module) -> str:
         """What is wrong with a candidate's outputs, in a word; empty if nothing."""
@@ -364,7 +363,7 @@ def first_divergence(
     """A sentence naming the first op whose values differ between the zeroed original and the pruned model."""
     inputs = trial.inputs
     try:
-        other = trace(pruned, inputs)
+        other = trace(pruned, inputs, front_end="export")
     except GraphpruneError as error:
         return f"the pruned model cannot be traced to say where: {error}"
     masked = Masked(coupling, plan)

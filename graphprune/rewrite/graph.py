@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 
 from graphprune.axes import Atom, Axis
+from graphprune.couple import exported
 from graphprune.coupling import Coupling
 from graphprune.errors import GraphpruneError, RewriteError
 from graphprune.plan import Plan
@@ -62,10 +63,11 @@ def _with_open_batch(model: nn.Module, inputs: Inputs, coupling: Coupling) -> tu
             again = coupling.again(trace(model, attempt, dynamic_batch=True))
         except GraphpruneError:
             continue
-        alike = [(g.name, g.size) for g in again.groups] == [(g.name, g.size) for g in coupling.groups]
-        if alike and again.program.dynamic_batch:
+        if again.alike(coupling) and again.program.dynamic_batch:
             return again, ""
-    return coupling, f"the batch size stays {min(sizes, default=1)}, the model cannot be traced with an open one"
+    return exported(
+        coupling, model, inputs
+    ), f"the batch size stays {min(sizes, default=1)}, the model cannot be traced with an open one"
 
 
 def _guard(graph: fx.Graph) -> None:

@@ -17,7 +17,7 @@ from graphprune.axes import Atom, Axes, Pin
 from graphprune.program import Node, Value
 from graphprune.rules import Call, Rule
 from graphprune.rules.call import operand_values
-from graphprune.trace import _signature
+from graphprune.trace import signature
 
 
 class CaughtWrong(AssertionError):
@@ -26,7 +26,7 @@ class CaughtWrong(AssertionError):
 
 def node_of(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Node, dict[Value, torch.Tensor]]:
     """The node that a trace of `op(*args, **kwargs)` would hold, and the tensors of its operands."""
-    name, names, tensors, defaults = _signature(op)
+    name, names, tensors, defaults = signature(op)
     given = defaults | dict(zip(names, args, strict=False)) | kwargs
     held: dict[Value, torch.Tensor] = {}
 

@@ -97,7 +97,7 @@ def test_nodes_carry_their_module_and_the_line_of_the_user():
 
 def test_nothing_is_copied():
     model = nn.Sequential(nn.Linear(2000, 2000), nn.ReLU(), nn.Linear(2000, 2000))
-    program = gp.trace(model, torch.rand(1, 2000))
+    program = gp.trace(model, torch.rand(1, 2000), front_end="export")
     held = {t.data_ptr() for t in program.source.state_dict.values()}
     assert held == {p.data_ptr() for p in model.parameters()}
 

@@ -1,0 +1,84 @@
+"""Front ends: a model and example inputs in, a `Program` out.
+
+`record` notes the ATen calls of one run on the meta device: quick, but its program cannot be run. `export` asks
+`torch.export` for a graph that can be run and rewritten, with the batch size left open if wanted. Both see the same
+ops, before autograd or decompositions: a convolution or an attention product is one node. The model is left as it was.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from graphprune.errors import InputError, TraceError
+from graphprune.program import Program
+from graphprune.trace.export import export, nested_graph
+from graphprune.trace.inputs import Inputs, output_tensors, register_dataclasses, run, untouched
+from graphprune.trace.record import record
+from graphprune.trace.schema import signature
+
+__all__ = ["Inputs", "nested_graph", "output_tensors", "run", "signature", "trace", "untouched"]
+
+FrontEnd = Literal["auto", "record", "export"]
+
+
+def trace(
+    model: nn.Module, example_inputs: Any, *, dynamic_batch: bool = False, front_end: FrontEnd = "auto"
+) -> Program:
+    """Trace `model` into a `Program`.
+
+    Args:
+        model: any module; it is not modified, and its weights are not copied (they may be on the meta device).
+        example_inputs: a tensor, a tuple of positional arguments, a dict of keyword arguments, or an `Inputs`.
+        dynamic_batch: leave the size of dim 0 of every input open, where the model allows it; needs "export".
+        front_end: "record" notes the calls of one run on the meta device, "export" uses `torch.export`; "auto" records
+            what can be recorded and exports the rest.
+    Raises:
+        InputError: the arguments are not usable: not a module, wrong device, or the model itself fails on them.
+        TraceError: the model runs but cannot be traced; the message names the line of the user's code.
+
+    Example:
+        >>> program = trace(nn.Linear(3, 5), torch.zeros(2, 3))
+        >>> [node.op for node in program.nodes]
+        ['linear']
+    """
+    if front_end not in ("auto", "record", "export") or (dynamic_batch and front_end == "record"):
+        raise InputError(f"front_end={front_end!r}; it is 'auto', 'record' or, with an open batch size, 'export'")
+    inputs = Inputs.of(example_inputs)
+    _check(model, inputs)
+    register_dataclasses((inputs.args, dict(inputs.kwargs)))
+    if front_end == "record" or (front_end == "auto" and not dynamic_batch):
+        try:
+            with untouched(model), torch.no_grad():
+                return record(model, inputs)
+        except Exception as error:
+            if front_end == "record":
+                what = f"{type(error).__name__}: {error}"
+                raise TraceError(f"{type(model).__name__} cannot be recorded: {what}\nuse front_end='auto'") from error
+    with untouched(model), torch.no_grad():
+        return export(model, inputs, dynamic_batch=dynamic_batch)
+
+
+def _check(model: object, inputs: Inputs) -> None:
+    """Refuse what no export can make sense of, with the advice that fits.
+
+    Raises:
+        InputError: the model or the inputs are not usable.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model is a {type(model).__name__}, not a torch.nn.Module; pass the module itself")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError("model is a ScriptModule, which has no Python to trace; pass the module it was scripted from")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise InputError(f"model is wrapped in {type(model).__name__}; prune model.module and wrap the result again")
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise InputError(f"{name} is not initialised yet; run the model once on real inputs, then prune it")
+    homes = {p.device for p in (*model.parameters(), *model.buffers())}
+    given = {t.device for t in inputs.tensors()}
+    if len(homes) == 1 and given and homes != given:
+        home = homes.pop()
+        away = ", ".join(sorted(str(d) for d in given))
+        raise InputError(f"example inputs are on {away} but the model is on {home}; move them with .to({str(home)!r})")

@@ -1,0 +1,213 @@
+"""Front end: `torch.export` run on the user's model, read into a `Program`.
+
+The export is the pre-dispatch training IR, not decomposed, so a convolution or an attention product is still one
+node. It can leave the batch size open and its graph can be run and rewritten, which is what a graph module needs.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import re
+import traceback
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from graphprune.errors import InputError, TraceError
+from graphprune.program import Kind, Node, Program, SymbolicInt, Value, is_library
+from graphprune.trace.inputs import Inputs, register_dataclasses
+from graphprune.trace.schema import call_node, hint, value
+from graphprune.trace.state import State
+
+
+def export(model: nn.Module, inputs: Inputs, *, dynamic_batch: bool) -> Program:
+    """The program that `torch.export` gives; the model must be in eval mode.
+
+    Raises:
+        InputError: the model itself fails on these inputs.
+        TraceError: the model runs but cannot be exported; the message names the line of the user's code.
+    """
+    return _Reader(model, _export(model, inputs, dynamic_batch)).read()
+
+
+def _export(model: nn.Module, inputs: Inputs, dynamic_batch: bool) -> torch.export.ExportedProgram:
+    def attempt(dynamic: bool) -> torch.export.ExportedProgram:
+        shapes = _batch_shapes(inputs) if dynamic else None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.export.export(model, inputs.args, dict(inputs.kwargs), dynamic_shapes=shapes, strict=False)
+
+    try:
+        return attempt(dynamic_batch)
+    except Exception as error:
+        try:
+            output = model(*inputs.args, **inputs.kwargs)
+        except Exception as cause:
+            raise InputError(_own_failure(model, inputs, cause)) from cause
+        if register_dataclasses(output):
+            return attempt(dynamic_batch)
+        raise TraceError(_export_failure(model, error)) from error
+
+
+def _batch_shapes(inputs: Inputs) -> Any:
+    shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
+    for tensor in inputs.tensors():
+        if tensor.dim():
+            shapes[tensor] = {0: torch.export.Dim.AUTO}
+    return shapes
+
+
+def _own_failure(model: nn.Module, inputs: Inputs, cause: Exception) -> str:
+    shapes = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in inputs.tensors())
+    line = _stopped_at(cause)
+    return (
+        f"{type(model).__name__} itself fails on these example inputs ({shapes or 'no tensors'}): "
+        f"{type(cause).__name__}: {_first_line(cause)}{line}\n"
+        "pass inputs that model(*args, **kwargs) accepts: a tensor, a tuple of arguments or a dict of keyword arguments"
+    )
+
+
+def _export_failure(model: nn.Module, error: Exception) -> str:
+    return (
+        f"{type(model).__name__} runs, but cannot be traced: {type(error).__name__}: {_first_line(error)}"
+        f"{_stopped_at(error)}\n"
+        "its path through the code must not depend on the values of tensors; move such a branch out of the model, "
+        "write it with torch.where, or prune the submodule that can be traced"
+    )
+
+
+def _stopped_at(error: Exception) -> str:
+    """The innermost frame of the user's own code in the traceback, as a clause."""
+    here = torch.__file__.rsplit("/", 1)[0]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(here)]
+    frames = [f for f in frames if f.filename != __file__]
+    if not frames:
+        return ""
+    last = frames[-1]
+    return f"\n  stopped at {last.filename}:{last.lineno}, in {last.name}: {last.line}"
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+
+
+class _Reader:
+    """Reads one exported program into values and nodes; calls into nested graphs are followed in place."""
+
+    def __init__(self, model: nn.Module, exported: torch.export.ExportedProgram) -> None:
+        self.exported = exported
+        self.state = State(model)
+        self.nodes: list[Node] = []
+        self.inputs: list[Value] = []
+
+    def read(self) -> Program:
+        graph = self.exported.graph
+        placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+        specs = self.exported.graph_signature.input_specs
+        env = {n: self._placeholder(n, spec) for n, spec in zip(placeholders, specs, strict=True)}
+        outputs = self._body(self.exported.graph_module, env, prefix="")
+        dynamic = any(_is_open(n.meta.get("val")) for n in placeholders)
+        return self.state.program(self.inputs, outputs, self.nodes, dynamic_batch=dynamic, source=self.exported)
+
+    def _placeholder(self, node: torch.fx.Node, spec: Any) -> Any:
+        val = node.meta.get("val")
+        kind = _KINDS.get(spec.kind.name)
+        if not isinstance(val, torch.Tensor) or kind is None:
+            return val if kind is None or not isinstance(val, torch.SymInt) else SymbolicInt(node.name, hint(val))
+        if kind == "input":
+            given = value(node.name, val, kind, str(node.target))
+            self.inputs.append(given)
+            return given
+        return self.state.add(spec.target, val, kind, node.name)
+
+    def _body(self, module: torch.fx.GraphModule, env: dict[torch.fx.Node, Any], prefix: str) -> list[Any]:
+        for node in module.graph.nodes:
+            if node.op == "get_attr":
+                env[node] = functools.reduce(getattr, str(node.target).split("."), module)
+            elif node.op == "output":
+                return [env.get(a, a) if isinstance(a, torch.fx.Node) else a for a in node.args[0]]
+            elif node.op == "call_function":
+                env[node] = self._call(node, env, prefix)
+        raise AssertionError(f"graph {prefix!r} has no output")
+
+    def _call(self, node: torch.fx.Node, env: dict[torch.fx.Node, Any], prefix: str) -> Any:
+        args: Any
+        args, kwargs = pytree.tree_map_only(torch.fx.Node, env.__getitem__, (node.args, dict(node.kwargs)))
+        if node.target is operator.getitem:
+            return args[0][args[1]]
+        if (inner := nested_graph(node.target, args)) is not None:
+            body, operands = inner
+            placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
+            return tuple(self._body(body, dict(zip(placeholders, operands, strict=True)), f"{prefix}{node.name}."))
+        val = node.meta.get("val")
+        if isinstance(val, (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return SymbolicInt(node.name, hint(val)) if isinstance(val, (int, torch.SymInt)) else val
+        name = prefix + node.name
+        if isinstance(val, torch.Tensor):
+            outputs: tuple[Any, ...] = (value(name, val, "node"),)
+            result: Any = outputs[0]
+        elif isinstance(val, (tuple, list)) and val:
+            outputs = tuple(
+                value(f"{name}.{i}", v, "node") if isinstance(v, torch.Tensor) else v for i, v in enumerate(val)
+            )
+            result = outputs
+        else:
+            return None
+        self.nodes.append(
+            call_node(
+                node.target,
+                args,
+                kwargs,
+                name=name,
+                outputs=tuple(v for v in outputs if isinstance(v, Value)),
+                module=_module_path(node),
+                line=_user_line(node.meta.get("stack_trace") or ""),
+            )
+        )
+        return result
+
+
+_KINDS: dict[str, Kind] = {
+    "PARAMETER": "parameter",
+    "BUFFER": "buffer",
+    "CONSTANT_TENSOR": "constant",
+    "USER_INPUT": "input",
+}
+
+
+def nested_graph(target: Any, args: tuple[Any, ...]) -> tuple[torch.fx.GraphModule, tuple[Any, ...]] | None:
+    """The graph a wrapper node (autocast, no_grad, checkpoint) runs once, and its operands; None for anything else."""
+    if not isinstance(target, torch._ops.HigherOrderOperator):
+        return None
+    bodies = [i for i, a in enumerate(args) if isinstance(a, torch.fx.GraphModule)]
+    if len(bodies) != 1:
+        return None
+    body, operands = args[bodies[0]], args[bodies[0] + 1 :]
+    wanted = sum(n.op == "placeholder" for n in body.graph.nodes)
+    return (body, operands) if len(operands) == wanted else None
+
+
+def _is_open(val: Any) -> bool:
+    """Whether the first dim of an input is left open; the exporter closes it where the model fixes its size."""
+    first = val.shape[0] if isinstance(val, torch.Tensor) and val.dim() else 0
+    return isinstance(first, torch.SymInt) and first.node.maybe_as_int() is None
+
+
+def _module_path(node: torch.fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = str(next(reversed(stack.values()))[0])
+    return path.split("@")[0]
+
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+
+
+def _user_line(stack: str) -> tuple[str, int] | None:
+    """The innermost frame outside torch of a formatted stack."""
+    return next(((path, int(line)) for path, line in reversed(_FRAME.findall(stack)) if not is_library(path)), None)

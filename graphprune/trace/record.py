@@ -1,0 +1,287 @@
+"""Front end: the ATen calls of one run on the meta device, as they happen.
+
+The run costs no arithmetic and no memory for weights. A dispatch mode at the pre-dispatch key sees the calls that
+`torch.export` would put into its graph. Everything that goes into an op is replaced by a twin on the meta device, so
+the user's own module runs, not a copy; only small tensors that its code makes from constants keep their values, since
+code may branch on those. What cannot be recorded raises, whatever the reason: the caller has another front end.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dispatch.python import enable_pre_dispatch, enable_python_dispatcher, no_python_dispatcher
+from torch._subclasses.schema_check_mode import SchemaCheckMode
+from torch.utils import _pytree as pytree
+
+from graphprune.errors import TraceError
+from graphprune.program import Kind, Node, Program, Value, is_library
+from graphprune.trace.inputs import Inputs, register_dataclasses
+from graphprune.trace.schema import call_node, value
+from graphprune.trace.state import State
+
+KNOWN_LIMIT = 1 << 16
+"""Tensors made by the model's code keep their values up to this many elements."""
+META = torch.device("meta")
+
+
+def record(model: nn.Module, inputs: Inputs) -> Program:
+    """The program of one run of `model`, which must be in eval mode.
+
+    Raises:
+        TraceError: a tensor appears that no recorded call made.
+        Exception: whatever the model raises when its tensors have no values.
+    """
+    recorder = _Recorder(model)
+    given = recorder.inputs(inputs)
+    with recorder.watching(), torch.compiler.set_stance("force_eager"):
+        output = model(*given.args, **given.kwargs)
+    register_dataclasses(output)
+    outputs = [recorder.value(leaf) for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+    return recorder.state.program(recorder.given, outputs, recorder.nodes)
+
+
+class _Recorder(SchemaCheckMode):  # type: ignore[no-untyped-call]
+    """Notes every op call. The base class is the one that torch lets stand at the pre-dispatch key on its own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._dispatch_key = torch.DispatchKey.PreDispatch
+        self.model = model
+        self.state = State(model)
+        self.nodes: list[Node] = []
+        self.given: list[Value] = []
+        self.values: dict[int, Value] = {}
+        self.twins: dict[int, torch.Tensor] = {}
+        self.places: dict[Any, Value] = {}  # by memory: factories and x.data hand out tensors that nobody saw made
+        self.stale: set[int] = set()
+        self.alive: list[torch.Tensor] = []  # ids stay unique while their tensors live
+        self.modules = {id(module): name for name, module in reversed([*model.named_modules(remove_duplicate=False)])}
+        self.path: list[str] = [""]
+        self._state()
+
+    # -- tensors ---------------------------------------------------------------------------------------------------
+
+    def _state(self) -> None:
+        """Name every tensor that the model holds."""
+        kinds: tuple[tuple[Kind, Iterator[tuple[str, torch.Tensor]]], ...] = (
+            ("parameter", self.model.named_parameters(remove_duplicate=False)),
+            ("buffer", self.model.named_buffers(remove_duplicate=False)),
+        )
+        for kind, named in kinds:
+            for name, tensor in named:
+                self._know(tensor, self.state.add(name, tensor, kind))
+        self.storages = {
+            _storage(t) for v in self.state.values.values() if (t := self.state.tensor(v.target)) is not None
+        }
+        self.attributes = {
+            id(held): f"{path}.{name}".removeprefix(".")
+            for path, module in self.model.named_modules()
+            for name, held in vars(module).items()
+            if isinstance(held, torch.Tensor)
+        }
+
+    def inputs(self, inputs: Inputs) -> Inputs:
+        """The inputs as twins, each a value of its own."""
+        names = _argument_names(self.model, inputs)
+
+        def given(tensor: torch.Tensor) -> torch.Tensor:
+            twin = _twin(tensor)
+            name = next(names)
+            self.given.append(self._know(twin, value(name, tensor, "input", name)))
+            return twin
+
+        return inputs.map(given)
+
+    def _know(self, tensor: torch.Tensor, known: Value) -> Value:
+        self.values[id(tensor)] = self.places[_place(tensor)] = known
+        self.alive.append(tensor)
+        return known
+
+    def value(self, tensor: torch.Tensor) -> Value:
+        """The value of a tensor; one that is met for the first time is a constant.
+
+        Raises:
+            TraceError: it comes from something that was not seen.
+        """
+        known = self.values.get(id(tensor))
+        if known is not None:
+            return known
+        known = self.places.get(_place(tensor))
+        if known is not None:
+            return self._know(tensor, known)
+        if (tensor.is_meta or _storage(tensor) in self.storages) and id(tensor) not in self.attributes:
+            raise TraceError("a tensor appears that no recorded call made")
+        target = self.attributes.get(id(tensor), f"lifted_tensor_{len(self.alive)}")
+        return self._know(tensor, self.state.add(target, tensor, "constant"))
+
+    def _meta(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor on the meta device."""
+        if tensor.is_meta:
+            return tensor
+        if id(tensor) not in self.twins:
+            self.twins[id(tensor)] = _twin(tensor)
+            self.alive.append(tensor)
+        return self.twins[id(tensor)]
+
+    # -- calls -----------------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Note one call and run it, without arithmetic unless it is about constants of the code."""
+        kwargs = dict(kwargs or {})
+        noted, noted_kwargs = _map(self._noted, args), _map(self._noted, kwargs)
+        operands = [a for a in _leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
+        if constant := self._is_about_constants(func, operands, args):
+            result = func(*args, **kwargs)
+        else:
+            given = _map(self._without_values, args), _map(self._without_values, kwargs)
+            if not operands and "device" in kwargs:
+                given[1]["device"] = META
+            with no_python_dispatcher():  # its decompositions cost more than the kernels they replace
+                result = func(*given[0], **given[1])
+        outputs = self._outputs(f"{func.__name__.partition('.')[0]}_{len(self.nodes)}", result)
+        if func._schema.is_mutable and outputs and not constant:
+            self._written(func, args, outputs[0])
+        if outputs:
+            name, line = outputs[0].name.partition(".")[0], _user_line(sys._getframe(1))
+            module = self.path[-1]
+            self.nodes.append(
+                call_node(func, noted, noted_kwargs, name=name, outputs=outputs, module=module, line=line)
+            )
+        return result
+
+    def _noted(self, argument: Any) -> Any:
+        return self.value(argument) if isinstance(argument, torch.Tensor) else argument
+
+    def _without_values(self, argument: Any) -> Any:
+        if isinstance(argument, torch.Tensor):
+            return self._meta(argument)
+        return META if isinstance(argument, torch.device) else argument
+
+    def _is_about_constants(self, func: Any, operands: list[torch.Tensor], args: tuple[Any, ...]) -> bool:
+        """Whether a call is small and depends on nothing but numbers in the code."""
+        if not all(self._has_values(t) for t in operands):
+            return False
+        if func._schema.is_mutable and any(self.values[id(t)].kind == "constant" for t in operands):
+            return False
+        sizes = [a for a in args if isinstance(a, (list, tuple)) and all(isinstance(i, int) for i in a)]
+        return sum(t.numel() for t in operands) + max((math.prod(s) for s in sizes), default=0) <= KNOWN_LIMIT
+
+    def _has_values(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is made of constants of the code, and was not written to without values."""
+        if tensor.is_meta or id(tensor) in self.attributes or _storage(tensor) in self.stale:
+            return False
+        return self.values[id(tensor)].kind in ("node", "constant")
+
+    def _written(self, func: Any, args: tuple[Any, ...], result: Value) -> None:
+        """What was written to holds the result from now on, and no values."""
+        for argument, held in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info and argument.alias_info.is_write and isinstance(held, torch.Tensor):
+                self._know(held, result)
+                self.stale.add(_storage(held))
+
+    def _outputs(self, name: str, result: Any) -> tuple[Value, ...]:
+        """New values for what a call returned; an in-place call gives its operand a new one."""
+        if isinstance(result, torch.Tensor):
+            return (self._know(result, value(name, result, "node")),)
+        leaves = [leaf for leaf in _leaves(result) if isinstance(leaf, torch.Tensor)]
+        return tuple(self._know(leaf, value(f"{name}.{i}", leaf, "node")) for i, leaf in enumerate(leaves))
+
+    # -- where calls come from ---------------------------------------------------------------------------------------
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Record while the block runs."""
+        with ExitStack() as stack:
+            hooks = nn.modules.module
+            stack.callback(hooks.register_module_forward_pre_hook(self._enter).remove)
+            stack.callback(hooks.register_module_forward_hook(self._leave, always_call=True).remove)
+            stack.enter_context(_as_if_exporting())
+            stack.enter_context(enable_pre_dispatch())
+            stack.enter_context(enable_python_dispatcher())
+            stack.enter_context(self)
+            yield
+
+    def _enter(self, module: nn.Module, _: Any) -> None:
+        self.path.append(self.modules.get(id(module), self.path[-1]))
+
+    def _leave(self, *_: Any) -> None:
+        self.path.pop()
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _place(tensor: torch.Tensor) -> Any:
+    return _storage(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _map(change: Callable[[Any], Any], argument: Any) -> Any:
+    """`change` applied to everything in the arguments of an op: they nest in tuples, lists and one dict only."""
+    if isinstance(argument, (tuple, list)):
+        return type(argument)([_map(change, a) for a in argument])
+    if isinstance(argument, dict):
+        return {k: _map(change, a) for k, a in argument.items()}
+    return change(argument)
+
+
+def _leaves(argument: Any) -> Iterator[Any]:
+    if isinstance(argument, (tuple, list)):
+        for a in argument:
+            yield from _leaves(a)
+    elif isinstance(argument, dict):
+        yield from _leaves(tuple(argument.values()))
+    else:
+        yield argument
+
+
+def _twin(tensor: torch.Tensor) -> torch.Tensor:
+    """An empty tensor on the meta device with the same shape, strides and type."""
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=META)
+
+
+@contextmanager
+def _as_if_exporting() -> Iterator[None]:
+    """Let models that ask take the path they take for `torch.export`: one that does not depend on values."""
+    before = torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag
+    torch.compiler._is_compiling_flag = torch.compiler._is_exporting_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag = before
+
+
+def _argument_names(model: nn.Module, inputs: Inputs) -> Iterator[str]:
+    """A name for every tensor of the inputs, from the parameters of `forward`."""
+    try:
+        bound: Mapping[str, Any] = inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs).arguments
+        order = {id(leaf): name for name, leaf in _named_leaves(bound)}
+    except TypeError:
+        order = {}
+    for i, tensor in enumerate(inputs.tensors()):
+        yield order.get(id(tensor), f"input_{i}")
+
+
+def _named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
+    for path, leaf in pytree.tree_flatten_with_path(dict(tree))[0]:
+        keys = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path]
+        yield "_".join(k for k in keys if k not in ("args", "kwargs")) or keys[-1], leaf
+
+
+def _user_line(frame: Any) -> tuple[str, int] | None:
+    """The innermost frame outside torch."""
+    while frame is not None and (path := frame.f_code.co_filename) != __file__:
+        if not is_library(path):
+            return path, frame.f_lineno
+        frame = frame.f_back
+    return None

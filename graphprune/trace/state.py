@@ -1,0 +1,89 @@
+"""The parameters, buffers and constants of a model as values, each tensor once."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphprune.program import Kind, Node, Program, Value
+from graphprune.trace.schema import value
+
+
+class State:
+    """Collects the state tensors that a front end meets.
+
+    Args:
+        model: whose state it is.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.values: dict[Any, Value] = {}
+        self.aliases: dict[str, str] = {}
+
+    def add(self, target: str, like: torch.Tensor, kind: Kind, name: str = "") -> Value:
+        """The value of the tensor that the model holds as `target`; a tensor it holds twice is one value."""
+        tensor = self.tensor(target)
+        key = target if tensor is None else id(tensor)
+        if key in self.values:
+            self.aliases[target] = self.values[key].target
+            return self.values[key]
+        return self.values.setdefault(key, value(name or target, like, kind, target))
+
+    def tensor(self, target: str) -> torch.Tensor | None:
+        """What the model holds under a dotted name."""
+        try:
+            found = functools.reduce(getattr, target.split("."), self.model)
+        except AttributeError:
+            return None
+        return found if isinstance(found, torch.Tensor) else None
+
+    def program(
+        self,
+        inputs: Iterable[Value],
+        outputs: Iterable[Any],
+        nodes: Iterable[Node],
+        *,
+        dynamic_batch: bool = False,
+        source: Any = None,
+    ) -> Program:
+        """The program, once everything was met."""
+        outputs, nodes = tuple(v for v in outputs if isinstance(v, Value)), tuple(nodes)
+        read = {id(v) for node in nodes for v in node.values()} | {id(v) for v in outputs}
+        self._alias_ties()
+        return Program(
+            model_class=type(self.model).__name__,
+            state=tuple(self.values.values()),
+            aliases=self.aliases,
+            inputs=tuple(inputs),
+            outputs=outputs,
+            nodes=nodes,
+            unused=tuple(v.target for v in self.values.values() if id(v) not in read),
+            overlapping=self._overlapping(),
+            dynamic_batch=dynamic_batch,
+            source=source,
+        )
+
+    def _alias_ties(self) -> None:
+        """Names under which the model holds a tensor that the front end listed once."""
+        named = (
+            *self.model.named_parameters(remove_duplicate=False),
+            *self.model.named_buffers(remove_duplicate=False),
+        )
+        for name, tensor in named:
+            known = self.values.get(id(tensor))
+            if known is not None and known.target != name:
+                self.aliases.setdefault(name, known.target)
+
+    def _overlapping(self) -> tuple[tuple[str, ...], ...]:
+        """Names of different tensors of the state that share storage."""
+        by_storage: dict[int, list[str]] = {}
+        for known in self.values.values():
+            tensor = self.tensor(known.target) if known.target else None
+            if tensor is not None and not tensor.is_meta and tensor.numel():
+                by_storage.setdefault(tensor.untyped_storage().data_ptr(), []).append(known.target)
+        return tuple(tuple(names) for names in by_storage.values() if len(names) > 1)
