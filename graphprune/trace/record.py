@@ -25,6 +25,7 @@ from graphprune.errors import TraceError
 from graphprune.program import Kind, Node, Program, Value, is_library
 from graphprune.trace.inputs import Inputs, register_dataclasses
 from graphprune.trace.schema import call_node, value
+from graphprune.trace.shapes import quick
 from graphprune.trace.state import State
 
 KNOWN_LIMIT = 1 << 16
@@ -136,7 +137,13 @@ class _Recorder(SchemaCheckMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Note one call and run it, without arithmetic unless it is about constants of the code."""
+        """Note one call and run it, without arithmetic unless it is about constants of the code.
+
+        Raises:
+            TraceError: autocast is on.
+        """
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            raise TraceError("autocast does not act on the meta device")
         kwargs = dict(kwargs or {})
         noted, noted_kwargs = _map(self._noted, args), _map(self._noted, kwargs)
         operands = [a for a in _leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
@@ -146,8 +153,10 @@ class _Recorder(SchemaCheckMode):  # type: ignore[no-untyped-call]
             given = _map(self._without_values, args), _map(self._without_values, kwargs)
             if not operands and "device" in kwargs:
                 given[1]["device"] = META
-            with no_python_dispatcher():  # its decompositions cost more than the kernels they replace
-                result = func(*given[0], **given[1])
+            result = quick(func, *given)
+            if result is None:
+                with no_python_dispatcher():  # its decompositions cost more than the kernels they replace
+                    result = func(*given[0], **given[1])
         outputs = self._outputs(f"{func.__name__.partition('.')[0]}_{len(self.nodes)}", result)
         if func._schema.is_mutable and outputs and not constant:
             self._written(func, args, outputs[0])
