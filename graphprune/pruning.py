@@ -58,7 +58,8 @@ def prune(
         importance: ranks the channels of each group.
         norms: "pin" removes only what is exact; "prune" also removes channels that a normalisation takes statistics
             over (transformer width), which changes what the kept channels see.
-        emit: "module" for the same class, "graph" for a graph module, "auto" for the first that verifies.
+        emit: "module" for the same class, "graft" for the same class with the forward of some modules from the trace,
+            "graph" for a graph module, "auto" for the first that verifies.
         verify: compare the result with the zeroed original.
         keep_names: parameters, buffers or modules whose widths must stay.
         on_unknown: "pin" what an op without a rule touches, or raise an "error" that lists them all.
@@ -131,7 +132,8 @@ def emit_verified(
     except VerificationError as error:
         if emit != "auto" or rewritten.emitter == "graph":
             raise
-        reason = f"the same class does not verify: {error}".splitlines()[0]
+        what = "the same class does" if rewritten.emitter == "module" else "grafts do"
+        reason = f"{what} not verify: {error}".splitlines()[0]
     rewritten = rewrite(model, inputs, coupling, plan, emit="graph")
     verification = bench.compare(rewritten.model)
     return Rewritten(rewritten.model, "graph", "; ".join(filter(None, (reason, rewritten.reason)))), verification

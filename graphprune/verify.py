@@ -8,9 +8,7 @@ normalisations see only the kept positions.
 
 from __future__ import annotations
 
-import copy
 import functools
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +25,8 @@ from graphprune.interpret import interpret
 from graphprune.plan import Plan, sliced
 from graphprune.program import Node
 from graphprune.reference import Masked, like, lively, reference, shuffled, zeroed
-from graphprune.rewrite.graph import emit_graph, raised
+from graphprune.rewrite import Emit, rewrite
+from graphprune.rewrite.precision import copied, is_traced, raised
 from graphprune.rewrite.state import held
 from graphprune.trace import Inputs, run, trace
 
@@ -151,7 +150,7 @@ class Bench:
             error = max(error, trial.error(candidate, self.plan))
             effect = max(effect, difference(trial.want, trial.dense))
             precision, tolerance = self._tolerance(error)
-            if not error <= tolerance and self._is_graph_of_float32(pruned) and error <= TOLERANCE["float32"]:
+            if not error <= tolerance and self._states_float32(pruned) and error <= TOLERANCE["float32"]:
                 return self._by_twin(pruned, fresh)
             if not error <= tolerance:
                 where = first_divergence(self.model, candidate, trial, self.coupling, self.plan, tolerance)
@@ -164,20 +163,24 @@ class Bench:
         distinct = 1 + sum(not _same(self._trial(k).inputs, self.inputs) for k in range(1, 1 + fresh))
         return Verification(error, effect, tolerance, precision, distinct)
 
-    def _is_graph_of_float32(self, pruned: nn.Module) -> bool:
-        """Whether a graph module may differ only because raising it also raised what the model's code rounds."""
-        return self.raised and isinstance(pruned, GraphModule) and not _is_double(pruned)
+    def _states_float32(self, pruned: nn.Module) -> bool:
+        """Whether a traced module may differ only because raising it also raised what the model's code rounds."""
+        return self.raised and is_traced(pruned) and not _is_double(pruned)
 
     def _by_twin(self, pruned: nn.Module, fresh: int) -> Verification:
-        """Hold a graph module as it is against the original as it is, and its twin, written anew from the raised model,
-        against the raised one.
+        """Hold a traced module as it is against the original as it is, and its twin against the raised original.
+
+        The twin is written anew from the raised original.
 
         Raises:
             VerificationError: one of them differs.
         """
         Bench(self._original, self._given, self._coupling, self.plan, limit=-1).compare(pruned, fresh=fresh)
-        twin, _ = emit_graph(self.model, self.inputs, self.coupling, Plan.of(self.coupling, self.plan.groups))
-        return Bench(self.model, self.inputs, self.coupling, self.plan).compare(twin, fresh=fresh)
+        emit: Emit = "graph" if isinstance(pruned, GraphModule) else "graft"
+        plan = Plan.of(self.coupling, self.plan.groups)
+        bench = Bench(self.model, self.inputs, self.coupling, plan)
+        twin = rewrite(self.model, self.inputs, self.coupling, plan, emit=emit, problem=bench.problem)
+        return bench.compare(twin.model, fresh=fresh)
 
     def _trial(self, k: int) -> _Trial:
         """The example inputs with the weights as they are (k = 0), or fresh ones with no weight too faint to matter."""
@@ -203,7 +206,7 @@ class Bench:
         """The candidate in the precision compared in."""
         if not self.raised:
             return in_full_precision(candidate)
-        return raised(candidate) if isinstance(candidate, GraphModule) else _copy(candidate).double()
+        return raised(candidate)
 
     def _tolerance(self, error: float) -> tuple[str, float]:
         """The precision compared in, and what it allows; only an error that needs it has the model looked into."""
@@ -323,7 +326,7 @@ def _raised(model: nn.Module, inputs: Inputs, limit: int) -> tuple[bool, nn.Modu
     """Model and inputs to compare with, and whether they were raised to float64."""
     if not _is_double(model) and sum(p.numel() for p in model.parameters()) <= limit:
         try:
-            wider = raised(model) if isinstance(model, GraphModule) else _copy(model).double()
+            wider = raised(model)
             doubled = inputs.map(lambda t: t.double() if t.is_floating_point() else t)
             run(wider, doubled)
             return True, wider, doubled
@@ -336,17 +339,11 @@ def _is_double(model: nn.Module) -> bool:
     return {t.dtype for _, t in held(model) if t.is_floating_point()} == {torch.float64}
 
 
-def _copy(model: nn.Module) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch's own, on copying the signature of a graph module
-        return copy.deepcopy(model)
-
-
 def in_full_precision(model: nn.Module) -> nn.Module:
     """`model` itself, or a float32 copy of a half-precision one, so that rounding cannot hide an error."""
     if not any(t.dtype in _HALF for _, t in held(model)):
         return model
-    return _copy(model).float()
+    return copied(model).float()
 
 
 def full_precision(inputs: Inputs) -> Inputs:

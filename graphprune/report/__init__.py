@@ -50,8 +50,9 @@ class Report:
         pinned: parts of parameters that stayed whole, with the cause.
         unknown: ops without a rule.
         unused: parameters and buffers that the traced forward does not read.
-        emitter: "module" or "graph".
+        emitter: "module", "graft" or "graph".
         reason: why the emitters before it were passed over; empty if it was the first.
+        grafts: paths of the modules whose forward comes from the trace.
         verification: what the comparison with the zeroed original found; None if it was switched off.
     """
 
@@ -64,6 +65,7 @@ class Report:
     unused: tuple[str, ...]
     emitter: str
     reason: str
+    grafts: tuple[str, ...]
     verification: Verification | None
 
     def __str__(self) -> str:
@@ -77,6 +79,9 @@ class Report:
         classes = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
         lines.append(f"  groups    {smaller} of {len(self.groups)} smaller ({classes})")
         lines.append(f"  emitted   {self.emitter}" + (f" because {self.reason}" if self.reason else ""))
+        if self.grafts:
+            more = f" and {len(self.grafts) - 3} more" if len(self.grafts) > 3 else ""
+            lines.append(f"  grafted   {', '.join(self.grafts[:3])}{more}: their forward comes from the trace")
         lines.append(f"  verified  {self._verified()}")
         lines.extend(f"  pinned    {n} axes: {reason}" for reason, n in self._causes().most_common(6))
         if self.unused:
@@ -128,5 +133,6 @@ def report(
         unused=tuple(n for n in coupling.program.unused if not n.endswith("num_batches_tracked")),
         emitter=rewritten.emitter,
         reason=rewritten.reason,
+        grafts=rewritten.grafts,
         verification=verification,
     )

@@ -11,11 +11,12 @@ from torch import nn
 from graphprune.coupling import Coupling
 from graphprune.errors import InputError, RewriteError
 from graphprune.plan import Plan
+from graphprune.rewrite.graft import emit_grafted
 from graphprune.rewrite.graph import emit_graph
 from graphprune.rewrite.module import emit_module
 from graphprune.trace import Inputs
 
-Emit = Literal["auto", "module", "graph"]
+Emit = Literal["auto", "module", "graft", "graph"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,13 +25,15 @@ class Rewritten:
 
     Attributes:
         model: the module.
-        emitter: "module" (same class) or "graph".
+        emitter: "module" (same class), "graft" (same class, some modules with a forward from the trace) or "graph".
         reason: why the emitters before it were passed over, and what is limited about this one; empty if nothing.
+        grafts: paths of the grafted modules.
     """
 
     model: nn.Module
-    emitter: Literal["module", "graph"]
+    emitter: Literal["module", "graft", "graph"]
     reason: str
+    grafts: tuple[str, ...] = ()
 
 
 def rewrite(
@@ -48,25 +51,35 @@ def rewrite(
         model: the original; not modified.
         example_inputs: as for `trace`.
         coupling, plan: what to remove.
-        emit: "module" for the same class, "graph" for a graph module, "auto" for the first of them without a problem.
-        problem: what is wrong with a candidate, empty if nothing; it decides between readings of ambiguous attributes.
+        emit: "module" for the same class, "graft" for the same class with some forwards from the trace, "graph" for a
+            graph module, "auto" for the first of them without a problem.
+        problem: what is wrong with a candidate, empty if nothing; it decides between readings of ambiguous attributes,
+            and which modules are grafted.
     Raises:
         InputError: `emit` is none of these.
         PlanError: the plan was made for another model.
         RewriteError: the emitter asked for cannot carry out this plan.
     """
-    if emit not in ("auto", "module", "graph"):
-        raise InputError(f"emit={emit!r}; it is 'auto', 'module' or 'graph'")
+    if emit not in ("auto", "module", "graft", "graph"):
+        raise InputError(f"emit={emit!r}; it is 'auto', 'module', 'graft' or 'graph'")
     plan.check(coupling)
     plan.check_model(model)
     inputs = Inputs.of(example_inputs)
-    reason = ""
-    if emit != "graph":
+    reasons: list[str] = []
+    if emit in ("auto", "module"):
         try:
-            return Rewritten(emit_module(model, coupling, plan, problem), "module", "")
+            return Rewritten(emit_module(model, inputs, coupling, plan, problem), "module", "")
         except RewriteError as error:
-            reason = f"the same class does not work: {error}"
+            reasons.append(f"the same class does not work: {error}")
             if emit == "module":
-                raise RewriteError(f"{reason}\nuse emit='auto' or emit='graph'") from error
+                raise RewriteError(f"{reasons[0]}\nuse emit='auto', 'graft' or 'graph'") from error
+    if emit in ("auto", "graft"):
+        try:
+            grafted, paths = emit_grafted(model, inputs, coupling, plan, problem)
+            return Rewritten(grafted, "graft" if paths else "module", "; ".join(reasons), paths)
+        except RewriteError as error:
+            reasons.append(f"grafts do not work: {error}")
+            if emit == "graft":
+                raise RewriteError(f"{reasons[0]}\nuse emit='auto' or emit='graph'") from error
     small, limits = emit_graph(model, inputs, coupling, plan)
-    return Rewritten(small, "graph", "; ".join(filter(None, (reason, limits))))
+    return Rewritten(small, "graph", "; ".join(filter(None, (*reasons, limits))))

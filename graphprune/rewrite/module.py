@@ -18,10 +18,11 @@ import torch
 from torch import nn
 
 from graphprune.coupling import Coupling
-from graphprune.errors import RewriteError
+from graphprune.errors import RewriteError, TraceError
 from graphprune.plan import Plan
 from graphprune.rewrite.state import lookup, replacements
 from graphprune.rules.call import Path
+from graphprune.trace import Inputs, trace
 
 TRIES = 16
 """How many readings of ambiguous attributes are tried before giving up."""
@@ -41,30 +42,73 @@ class Slot:
         return f"{owner}.{self.attribute}" + ("" if self.index is None else f"[{self.index}]")
 
 
-def emit_module(model: nn.Module, coupling: Coupling, plan: Plan, problem: Callable[[nn.Module], str]) -> nn.Module:
+def emit_module(
+    model: nn.Module, inputs: Inputs, coupling: Coupling, plan: Plan, problem: Callable[[nn.Module], str]
+) -> nn.Module:
     """A deep copy of `model`, same class, with the plan carried out.
 
     Args:
         model: the original; not modified.
+        inputs: example inputs.
         coupling, plan: what to remove.
         problem: what is wrong with a candidate's outputs, empty if nothing.
     Raises:
         RewriteError: no reading of the attributes computes what the zeroed original computes; the message says why.
     """
-    small = _copied(model, plan)
-    alike = _alike(_options(small, coupling, plan))
-    _set_torch_attributes(small)
+    readings = Readings(model, coupling, plan)
     first = ""
-    for choice in itertools.islice(itertools.product(*(key.values for key in alike)), TRIES):
-        for key, value in zip(alike, choice, strict=True):
-            _write_all(small, alike[key], value)
+    for small in readings.each(TRIES):
+        if first and coupling.program.source is None and not _records(small, inputs):
+            continue
         found = problem(small)
         if not found:
-            return _with_fewest_changes(small, alike, choice, problem)
+            readings.take_back(problem)
+            return small
         first = first or found
-    readings = math.prod(len(key.values) for key in alike)
-    untried = f" (and {readings - TRIES} readings of its int attributes were not tried)" if readings > TRIES else ""
-    raise RewriteError(first + untried)
+    untried = f" (and {readings.count - TRIES} readings of its int attributes were not tried)"
+    raise RewriteError(first + (untried if readings.count > TRIES else ""))
+
+
+def _records(small: nn.Module, inputs: Inputs) -> bool:
+    """Whether a copy of a model that was recorded can be, too: a quick look at its shapes."""
+    try:
+        trace(small, inputs, front_end="record")
+    except TraceError:
+        return False
+    return True
+
+
+class Readings:
+    """A smaller copy of a model, and the values that the ints it keeps may have to take.
+
+    Attributes:
+        small: the copy; every reading is written into it.
+        changing: paths of the modules in whose own code a size changes that is no attribute of a torch.nn module.
+        count: how many readings there are.
+    """
+
+    def __init__(self, model: nn.Module, coupling: Coupling, plan: Plan) -> None:
+        self.small = _copied(model, plan)
+        options, self.changing = _options(self.small, coupling, plan)
+        self._alike = _alike(options)
+        _set_torch_attributes(self.small)
+        self.count = math.prod(len(key.values) for key in self._alike)
+
+    def each(self, limit: int) -> Iterator[nn.Module]:
+        """Write one reading after the other, the likeliest first."""
+        for choice in itertools.islice(itertools.product(*(key.values for key in self._alike)), limit):
+            for key, value in zip(self._alike, choice, strict=True):
+                _write_all(self.small, self._alike[key], value)
+            self._choice = choice
+            yield self.small
+
+    def take_back(self, problem: Callable[[nn.Module], str]) -> None:
+        """Take back every change that the forward does not need: an attribute may equal a size by chance."""
+        for key, value in zip(self._alike, self._choice, strict=True):
+            if value != key.own and len(self._alike) > 1:
+                _write_all(self.small, self._alike[key], key.own)
+                if problem(self.small):
+                    _write_all(self.small, self._alike[key], value)
 
 
 def _copied(model: nn.Module, plan: Plan) -> nn.Module:
@@ -82,18 +126,6 @@ def _copied(model: nn.Module, plan: Plan) -> nn.Module:
         return copy.deepcopy(model, memo)
     except Exception as error:
         raise RewriteError(f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}") from error
-
-
-def _with_fewest_changes(
-    small: nn.Module, alike: Mapping[_Key, list[Slot]], choice: Sequence[int], problem: Callable[[nn.Module], str]
-) -> nn.Module:
-    """Take back every change that the traced forward does not need: an attribute may equal a size by chance."""
-    for key, value in zip(alike, choice, strict=True):
-        if value != key.own and len(alike) > 1:
-            _write_all(small, alike[key], key.own)
-            if problem(small):
-                _write_all(small, alike[key], value)
-    return small
 
 
 # -- attributes of torch.nn modules ------------------------------------------------------------------------------
@@ -136,6 +168,12 @@ def _prelu(m: nn.PReLU) -> dict[str, Any]:
     return {"num_parameters": m.weight.shape[0]}
 
 
+def _encoder_layer(m: nn.TransformerEncoderLayer) -> dict[str, Any]:
+    """The fused kernel of eval mode is for heads that are as wide as the layer; this switches it off."""
+    held, width = m.self_attn.in_proj_weight, m.self_attn.embed_dim
+    return {} if held is None or held.shape == (3 * width, width) else {"activation_relu_or_gelu": 0}
+
+
 _TORCH: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Callable[[Any], dict[str, Any]]], ...] = (
     (nn.Linear, _linear),
     (nn.Bilinear, _bilinear),
@@ -145,6 +183,7 @@ _TORCH: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Callable[[Any
     (nn.GroupNorm, _group_norm),
     (nn.Embedding, _embedding),
     (nn.PReLU, _prelu),
+    (nn.TransformerEncoderLayer, _encoder_layer),
 )
 
 
@@ -161,19 +200,25 @@ def _set_torch_attributes(model: nn.Module) -> None:
 # -- attributes of everything else -------------------------------------------------------------------------------
 
 
-def _options(small: nn.Module, coupling: Coupling, plan: Plan) -> dict[Slot, list[int]]:
-    """Per int that may have to change, the values it may take, the likeliest first and its own value last."""
+def _options(small: nn.Module, coupling: Coupling, plan: Plan) -> tuple[dict[Slot, list[int]], list[str]]:
+    """What may have to change: per int the values it may take, its own last, and the modules whose code has a size."""
     keep = {coupling.atoms[name]: len(kept) for name, kept in plan.groups.items()}
     memo: dict[Any, int] = {}
     options: dict[Slot, list[int]] = {}
+    changing: dict[str, None] = {}
     for applied in coupling.applied.values():
-        path = applied.node.module
+        path, replacement = applied.node.module, applied.replacement
+        others = [f.axis for f in applied.fixed] + list(replacement.axes if replacement else ())
+        others += [axis for v in applied.node.values() if v.kind == "constant" for axis in coupling.dims[v]]
+        if any(coupling.axes.width(axis, keep, memo) != axis.size for axis in others):
+            changing[path] = None
         for literal in applied.literals:
             old, new = literal.axis.size, coupling.axes.width(literal.axis, keep, memo)
             if old != new and not _set_argument(lookup(small, path), literal.path, old, new):
+                changing[path] = None
                 for slot in _holding(small, path, old):
                     options.setdefault(slot, []).append(new)
-    return {slot: list(dict.fromkeys([*values, _read(small, slot)])) for slot, values in options.items()}
+    return {slot: list(dict.fromkeys([*values, _read(small, slot)])) for slot, values in options.items()}, [*changing]
 
 
 def _set_argument(module: Any, path: Path, old: int, new: int) -> bool:

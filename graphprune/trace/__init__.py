@@ -58,7 +58,8 @@ def trace(
                 what = f"{type(error).__name__}: {error}"
                 raise TraceError(f"{type(model).__name__} cannot be recorded: {what}\nuse front_end='auto'") from error
     with untouched(model), torch.no_grad():
-        return export(model, inputs, dynamic_batch=dynamic_batch)
+        batch_dims = [(0,) if t.dim() else () for t in inputs.tensors()] if dynamic_batch else []
+        return export(model, inputs, batch_dims)
 
 
 def _check(model: object, inputs: Inputs) -> None:

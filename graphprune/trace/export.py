@@ -11,6 +11,7 @@ import operator
 import re
 import traceback
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,41 +24,47 @@ from graphprune.trace.inputs import Inputs, register_dataclasses
 from graphprune.trace.schema import call_node, hint, value
 from graphprune.trace.state import State
 
+OpenDims = Sequence[tuple[int, ...]]
+"""Per tensor of the inputs, in flattening order, the dims whose sizes are left open."""
 
-def export(model: nn.Module, inputs: Inputs, *, dynamic_batch: bool) -> Program:
+
+def export(model: nn.Module, inputs: Inputs, open_dims: OpenDims = ()) -> Program:
     """The program that `torch.export` gives; the model must be in eval mode.
 
+    Args:
+        model, inputs: what is exported.
+        open_dims: which sizes are left open; the exporter closes those that the model fixes.
     Raises:
         InputError: the model itself fails on these inputs.
         TraceError: the model runs but cannot be exported; the message names the line of the user's code.
     """
-    return _Reader(model, _export(model, inputs, dynamic_batch)).read()
+    return _Reader(model, _export(model, inputs, open_dims)).read()
 
 
-def _export(model: nn.Module, inputs: Inputs, dynamic_batch: bool) -> torch.export.ExportedProgram:
-    def attempt(dynamic: bool) -> torch.export.ExportedProgram:
-        shapes = _batch_shapes(inputs) if dynamic else None
+def _export(model: nn.Module, inputs: Inputs, open_dims: OpenDims) -> torch.export.ExportedProgram:
+    def attempt() -> torch.export.ExportedProgram:
+        shapes = _dynamic_shapes(inputs, open_dims) if open_dims else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.export.export(model, inputs.args, dict(inputs.kwargs), dynamic_shapes=shapes, strict=False)
 
     try:
-        return attempt(dynamic_batch)
+        return attempt()
     except Exception as error:
         try:
             output = model(*inputs.args, **inputs.kwargs)
         except Exception as cause:
             raise InputError(_own_failure(model, inputs, cause)) from cause
         if register_dataclasses(output):
-            return attempt(dynamic_batch)
+            return attempt()
         raise TraceError(_export_failure(model, error)) from error
 
 
-def _batch_shapes(inputs: Inputs) -> Any:
+def _dynamic_shapes(inputs: Inputs, open_dims: OpenDims) -> Any:
     shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
-    for tensor in inputs.tensors():
-        if tensor.dim():
-            shapes[tensor] = {0: torch.export.Dim.AUTO}
+    for tensor, dims in zip(inputs.tensors(), open_dims, strict=True):
+        if dims:
+            shapes[tensor] = dict.fromkeys(dims, torch.export.Dim.AUTO)
     return shapes
 
 

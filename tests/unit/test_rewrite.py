@@ -257,20 +257,19 @@ def test_auto_passes_over_a_class_that_cannot_follow_and_says_why():
     assert result.report.emitter == "graph"
     assert result.report.reason.startswith("the same class does not work: RuntimeError: ")
     assert "emitted   graph because the same class does not work" in str(result.report)
-    with pytest.raises(gp.RewriteError, match=r"(?s)the same class does not work.*use emit='auto' or emit='graph'"):
+    with pytest.raises(gp.RewriteError, match=r"(?s)the same class does not work.*use emit='auto', 'graft' or 'graph'"):
         half(Fixed().eval(), torch.rand(5, 3), emit="module")
 
 
 def test_readings_that_were_not_tried_are_counted():
     model = Fixed().eval()
     model.a = model.b = model.c = model.d = model.e = 8
-    assert half(model, torch.rand(5, 3)).report.reason.endswith(
-        "(and 16 readings of its int attributes were not tried)"
-    )
+    reason = half(model, torch.rand(5, 3)).report.reason
+    assert " (and 16 readings of its int attributes were not tried)" in reason
 
 
 def test_an_unknown_emitter_is_refused():
-    with pytest.raises(gp.InputError, match="it is 'auto', 'module' or 'graph'"):
+    with pytest.raises(gp.InputError, match="it is 'auto', 'module', 'graft' or 'graph'"):
         half(Fixed().eval(), torch.rand(5, 3), emit="script")
 
 
