@@ -120,7 +120,8 @@ class _Recorder(SchemaCheckMode):  # type: ignore[no-untyped-call]
         known = self.places.get(_place(tensor))
         if known is not None:
             return self._know(tensor, known)
-        if (tensor.is_meta or _storage(tensor) in self.storages) and id(tensor) not in self.attributes:
+        unseen = tensor.numel() and (tensor.is_meta or _storage(tensor) in self.storages)
+        if unseen and id(tensor) not in self.attributes:  # an empty one, as caches start with, has nothing to miss
             raise TraceError("a tensor appears that no recorded call made")
         target = self.attributes.get(id(tensor), f"lifted_tensor_{len(self.alive)}")
         return self._know(tensor, self.state.add(target, tensor, "constant"))

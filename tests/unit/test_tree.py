@@ -192,3 +192,23 @@ def test_tied_weights_are_varied_as_one(emit):
     assert {w.name for w in result.report.groups} == {"back", "inner"}
     assert check.error < check.tolerance
     assert result.model.head.weight is result.model.embed.weight
+
+
+class Grows(nn.Module):
+    """Its cache starts with a tensor without elements, to which what comes is appended."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 6), nn.Linear(6, 2)
+
+    def forward(self, x, cache=None):
+        made, h = Cache(), self.first(x).relu()
+        made.layers.append(Layer(torch.cat([torch.tensor([], dtype=h.dtype, device=h.device), h], dim=-2)))
+        return Output(self.last(made.layers[0].keys), made)
+
+
+@pytest.mark.parametrize("front_end", ["record", "export"])
+def test_a_cache_that_starts_without_elements_is_followed(front_end):
+    coupling = gp.couple(gp.trace(Grows().eval(), X, front_end=front_end))
+    assert [(g.name, g.size) for g in coupling.groups] == [("first", 6)]
+    assert coupling.program.carried == {1}
