@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import nn
 
-from graphprune.axes import Atom, Axes, Axis, Pin
+from graphprune.axes import Atom, Axes, Axis, Pin, Sum
 from graphprune.coupling import Coupling, Exactness, Group, Member, Members, PinnedAxis, Unknown
 from graphprune.errors import InputError, RuleError, TraceError, UnknownName, UnsupportedOp, nearest
 from graphprune.program import Node, Program, Value
@@ -92,6 +92,7 @@ class _Builder:
         self.statistics: list[tuple[Axis, Node]] = []
         self.unknown: dict[str, tuple[str, list[Node]]] = {}
         self.root: dict[Value, Value] = {}
+        self.live = _live(program)
         for value in program.state:
             self.dims[value] = tuple(Atom(size) for size in value.shape)
             self.zero[value] = tuple(value.kind != "constant" for _ in value.shape)
@@ -139,7 +140,7 @@ class _Builder:
                 call, outputs = self._touched(node)
             self._record(call, outputs)
         for k, value in enumerate(self.program.outputs):
-            for d, axis in enumerate(self.dims[value]):
+            for d, axis in enumerate(self.dims[value] if k not in self.program.carried else ()):
                 self.axes.pin(axis, Pin(f"it reaches dim {d} of the model's output {k}"))
 
     def _touched(self, node: Node) -> tuple[Call, list[Dims]]:
@@ -156,7 +157,8 @@ class _Builder:
         zero = call.zero if call.zero is not None else [self._zero_of(node, dims) for dims in outputs]
         for value, dims, flags in zip(node.outputs, outputs, zero, strict=True):
             self.dims[value], self.zero[value] = dims, flags
-        self.statistics.extend((axis, node) for axis in call.renormalised)
+        if node.name in self.live:  # statistics that nobody reads do not change what comes out
+            self.statistics.extend((axis, node) for axis in call.renormalised)
         self.applied[node.name] = call.applied(outputs, zero)
         self._write_through(node)
 
@@ -196,6 +198,7 @@ class _Builder:
             for axis, node in self.statistics:
                 self.axes.pin(axis, Pin(f"{node.op} takes statistics over it (norms='prune' allows it)", node))
         self.axes.settle()
+        self._pin_unread()
         for axis, node in self.statistics:
             for atom in self.axes.leaves(axis):
                 renormalised.setdefault(atom, node)
@@ -223,6 +226,26 @@ class _Builder:
             atoms=atoms,
             again=again,
         )
+
+    def _pin_unread(self) -> None:
+        """Pin positions of parameters that are only cut off, such as rows of a position table past the input.
+
+        What is read meets the input, or is summed over on the way (the inner dim of a product of two parameters).
+        """
+        met, read = set(self.program.inputs), []
+        for node in self.program.nodes:
+            if not met.isdisjoint(node.values()):
+                met.update(node.outputs)
+                read += [axis for v in node.values() for axis in self.dims[v]]
+            elif node.op not in _VIEWS:
+                given = {self.axes.find(axis) for v in node.values() for axis in self.dims[v]}
+                read += given - {self.axes.find(axis) for v in node.outputs for axis in self.dims[v]}
+        known = set(self.axes.leaves(Sum(*dict.fromkeys(map(self.axes.find, read)))))
+        every = Sum(*(axis for v in self.program.state if v.kind == "parameter" for axis in self.dims[v]))
+        for atom in self.axes.leaves(every):
+            if atom not in known:
+                self.axes.pin(atom, Pin("it is cut off at these inputs, and other inputs may need it"))
+        self.axes.settle()
 
     def _slots(self) -> dict[Atom, list[_Occurrence]]:
         """Per atom that occurs in a parameter, where; the occurrence that names it comes first.
@@ -268,6 +291,17 @@ _VIEWS = frozenset(
         *("view_as", "movedim", "diagonal", "as_strided", "lift_fresh", "contiguous", "tensor_split", "to"),
     }
 )
+
+
+def _live(program: Program) -> set[str]:
+    """Names of the nodes whose results reach an output, and of those that write in place."""
+    needed = set(program.outputs)
+    live = set()
+    for node in reversed(program.nodes):
+        if node.op.endswith("_") or not needed.isdisjoint(node.outputs):
+            live.add(node.name)
+            needed.update(node.values())
+    return live
 
 
 _BUFFER = 3

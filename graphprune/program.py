@@ -102,6 +102,8 @@ class Program:
         state: parameters, buffers and constants, each tensor once, in registration order.
         aliases: further fully qualified names of a state tensor, to the name it has in `state` (tied weights).
         inputs, outputs: the model's tensors in and out, flattened in order.
+        carried: positions among the outputs of what belongs to an object that the model takes back as an argument, such
+            as a cache; it shrinks along with the model.
         nodes: op calls in execution order.
         unused: parameters and buffers that no node reads.
         overlapping: names of different state tensors that share storage, such as a weight and its transpose.
@@ -114,6 +116,7 @@ class Program:
     aliases: Mapping[str, str]
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
+    carried: frozenset[int]
     nodes: tuple[Node, ...]
     unused: tuple[str, ...]
     overlapping: tuple[tuple[str, ...], ...]

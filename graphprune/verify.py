@@ -188,8 +188,16 @@ class Bench:
             state = lively(self.model, k) if k else {}
             inputs, dense = self._accepted(k, state)
             want = reference(self.model, self.coupling if self._masked else self._coupling, self.plan, inputs, state)
-            self._trials[k] = _Trial(inputs, state, want, dense)
+            self._trials[k] = _Trial(inputs, state, self._shrunk(want), self._shrunk(dense))
         return self._trials[k]
+
+    def _shrunk(self, outputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Outputs of the original with what shrinks along with the model (a cache) at its kept positions only."""
+        program, masked = self._coupling.program, Masked(self._coupling, self.plan)
+        return [
+            masked.gather(t, self._coupling.dims[program.outputs[k]]) if k in program.carried else t
+            for k, t in enumerate(outputs)
+        ]
 
     def _accepted(self, k: int, state: Mapping[str, torch.Tensor]) -> tuple[Inputs, list[torch.Tensor]]:
         """Inputs on which the original works, and what it gives: fresh noise, else shuffled rows, else the example."""
@@ -222,7 +230,8 @@ class Bench:
         Its weights are scaled by 1, 1 + s and 1 + 2s with s = 1e-8. In float64 the outputs follow in a straight line,
         up to s squared; rounding to float32 moves in steps of 6e-8.
         """
-        parameters = {n: t for n, t in held(self.model) if t.is_floating_point()}
+        once_each = {id(t): (n, t) for n, t in held(self.model) if t.is_floating_point()}
+        parameters = dict(once_each.values())
 
         def scaled(by: float) -> list[torch.Tensor]:
             outputs = run(self.model, self.inputs, {n: t.detach() * by for n, t in parameters.items()})
@@ -253,9 +262,13 @@ class _Trial:
         return difference(run(candidate, self.inputs, self.for_candidate(candidate, plan)), self.want, self.dense)
 
     def for_candidate(self, candidate: nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
-        """The differing weights, sliced."""
+        """The differing weights, sliced; tied ones once for all their names."""
         names = {name for name, _ in held(candidate)}
-        return {name: sliced(tensor, plan.kept.get(name, {})) for name, tensor in self.state.items() if name in names}
+        made: dict[int, torch.Tensor] = {}
+        for name, tensor in self.state.items():
+            if id(tensor) not in made:
+                made[id(tensor)] = sliced(tensor, plan.kept.get(name, {}))
+        return {name: made[id(tensor)] for name, tensor in self.state.items() if name in names}
 
 
 @contextmanager

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import torch
 
+import graphprune as gp
+from tests import shim
 from tests.nets import Attention, CifarResNet, DenseBlock, UNet
 from tests.unit.test_coupling import GOLDEN, coupled, lines
+from tests.zoo.test_transformers import KINDS, built, kinds
+from tests.zoo.tiny import TINY
 
 NETS = {
     "cifar_resnet20": lambda: (CifarResNet(3), torch.rand(1, 3, 32, 32)),
@@ -15,6 +19,12 @@ NETS = {
 }
 
 if __name__ == "__main__":
+    shim.install()
     for name, build in NETS.items():
         model, example = build()
         (GOLDEN / f"{name}.txt").write_text("\n".join(lines(coupled(model, example))) + "\n")
+    text = []
+    for name in TINY:
+        model, inputs = built(name)
+        text += [name, *(f"  {kind}" for kind in kinds(gp.couple(gp.trace(model, inputs))))]
+    KINDS.write_text("\n".join(text) + "\n")

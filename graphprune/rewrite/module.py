@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,8 +89,8 @@ class Readings:
 
     def __init__(self, model: nn.Module, coupling: Coupling, plan: Plan) -> None:
         self.small = _copied(model, plan)
-        options, self.changing = _options(self.small, coupling, plan)
-        self._alike = _alike(options)
+        options, sure, self.changing = _options(self.small, coupling, plan)
+        self._alike = _alike(options, sure)
         _set_torch_attributes(self.small)
         self.count = math.prod(len(key.values) for key in self._alike)
 
@@ -103,9 +103,12 @@ class Readings:
             yield self.small
 
     def take_back(self, problem: Callable[[nn.Module], str]) -> None:
-        """Take back every change that the forward does not need: an attribute may equal a size by chance."""
+        """Take back every change that the forward does not need: an attribute may equal a size by chance.
+
+        Where only one attribute can be meant the change stays: with other arguments the forward may read it.
+        """
         for key, value in zip(self._alike, self._choice, strict=True):
-            if value != key.own and len(self._alike) > 1:
+            if value != key.own and not key.sure:
                 _write_all(self.small, self._alike[key], key.own)
                 if problem(self.small):
                     _write_all(self.small, self._alike[key], value)
@@ -200,11 +203,17 @@ def _set_torch_attributes(model: nn.Module) -> None:
 # -- attributes of everything else -------------------------------------------------------------------------------
 
 
-def _options(small: nn.Module, coupling: Coupling, plan: Plan) -> tuple[dict[Slot, list[int]], list[str]]:
-    """What may have to change: per int the values it may take, its own last, and the modules whose code has a size."""
+def _options(small: nn.Module, coupling: Coupling, plan: Plan) -> tuple[dict[Slot, list[int]], set[Slot], list[str]]:
+    """What may have to change.
+
+    Returns:
+        Per int, the values it may take, its own last; the ints that are surely meant: the one attribute that holds the
+        size in every module of a class in which the size changes; and paths of the modules whose code has a size.
+    """
     keep = {coupling.atoms[name]: len(kept) for name, kept in plan.groups.items()}
     memo: dict[Any, int] = {}
     options: dict[Slot, list[int]] = {}
+    holders: dict[tuple[type, int], list[list[Slot]]] = {}
     changing: dict[str, None] = {}
     for applied in coupling.applied.values():
         path, replacement = applied.node.module, applied.replacement
@@ -216,9 +225,21 @@ def _options(small: nn.Module, coupling: Coupling, plan: Plan) -> tuple[dict[Slo
             old, new = literal.axis.size, coupling.axes.width(literal.axis, keep, memo)
             if old != new and not _set_argument(lookup(small, path), literal.path, old, new):
                 changing[path] = None
-                for slot in _holding(small, path, old):
+                found = _holding(small, path, old)
+                for slot in found:
                     options.setdefault(slot, []).append(new)
-    return {slot: list(dict.fromkeys([*values, _read(small, slot)])) for slot, values in options.items()}, [*changing]
+                own = [slot for slot in found if slot.module == path and slot.config is None]
+                holders.setdefault((type(lookup(small, path)), old), []).append(own)
+    sure: set[Slot] = set()
+    for in_modules in holders.values():
+        common = set.intersection(*({(s.attribute, s.index) for s in slots} for slots in in_modules))
+        if len(common) == 1:
+            sure.update(s for slots in in_modules for s in slots if (s.attribute, s.index) in common)
+    return (
+        {slot: list(dict.fromkeys([*values, _read(small, slot)])) for slot, values in options.items()},
+        sure,
+        [*changing],
+    )
 
 
 def _set_argument(module: Any, path: Path, old: int, new: int) -> bool:
@@ -272,20 +293,21 @@ def _is_config(held: Any) -> bool:
 
 @dataclass(frozen=True)
 class _Key:
-    """What slots that are decided together have in common: name, values they may take, and their own value."""
+    """What slots that are decided together have in common: name, values, their own value, and whether it is they."""
 
     attribute: str
     index: int | None
     config: str | None
     values: tuple[int, ...]
     own: int
+    sure: bool
 
 
-def _alike(options: Mapping[Slot, Sequence[int]]) -> dict[_Key, list[Slot]]:
+def _alike(options: Mapping[Slot, Sequence[int]], sure: Collection[Slot]) -> dict[_Key, list[Slot]]:
     """Slots that are alike in name and options, over all layers."""
     alike: dict[_Key, list[Slot]] = {}
     for slot, values in options.items():
-        key = _Key(slot.attribute, slot.index, slot.config, tuple(values), values[-1])
+        key = _Key(slot.attribute, slot.index, slot.config, tuple(values), values[-1], slot in sure)
         alike.setdefault(key, []).append(slot)
     return alike
 
@@ -306,16 +328,28 @@ def _read(model: nn.Module, slot: Slot) -> int:
 
 
 def _write(model: nn.Module, slot: Slot, value: int) -> None:
-    """Set the int; a config is copied first, since modules share it."""
+    """Set the int; a config is copied first, since modules share it, and shared again where it ends up the same."""
     if _read(model, slot) == value:
         return
     owner = _owner(model, slot)
     if slot.config is not None:
         owner = copy.copy(owner)
-        vars(lookup(model, slot.module))[slot.config] = owner
     if slot.index is not None:
         held = vars(owner)[slot.attribute]
         items = list(held)
         items[slot.index] = value
         value = type(held)(items)
     vars(owner)[slot.attribute] = value
+    if slot.config is not None:
+        vars(lookup(model, slot.module))[slot.config] = _shared(model, slot, owner)
+
+
+def _shared(model: nn.Module, slot: Slot, config: Any) -> Any:
+    """The config of a module around this one that says the same; `config` itself if there is none."""
+    path = slot.module
+    while path:
+        path = path.rpartition(".")[0]
+        around = vars(lookup(model, path)).get(str(slot.config))
+        if type(around) is type(config) and vars(around) == vars(config):
+            return around
+    return config

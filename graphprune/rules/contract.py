@@ -86,6 +86,24 @@ def attention(call: Call) -> Sequence[Dims]:
     return _SDPA(call)
 
 
+@function("_grouped_mm transformers.grouped_mm_fallback")
+def grouped(call: Call) -> Sequence[Dims]:
+    """Runs of rows, each multiplied by a matrix of its own (mixtures of experts); or a batch of products.
+
+    Raises:
+        RuleError: rows or columns are cut into runs in another way.
+    """
+    ranks = [len(call.dims(v)) for v in list(call.node.values())[:2]]
+    if ranks == [3, 3] and call["offs"] is None:
+        return _MATMUL[2, 2](call)
+    if ranks != [2, 3]:
+        raise RuleError(f"a grouped product of {ranks[0]} by {ranks[1]} dims has no rule, in {call.node}")
+    return _RUNS_OF_ROWS(call)
+
+
+_RUNS_OF_ROWS = rule("s! i, e! i o, e!?, o? -> s! o", macs="s i o", zero="a*b")
+
+
 @function("einsum")
 def einsum(call: Call) -> Sequence[Dims]:
     """The equation of an einsum is a rule."""

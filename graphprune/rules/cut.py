@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from graphprune.axes import Atom, Axis, Sum
+from graphprune.axes import Atom, Axis, Prod, Sum
 from graphprune.rules.call import Call, Dims, Literal, Replacement
 from graphprune.rules.registry import function, op, table
 from graphprune.rules.shape import as_int, straight
@@ -41,7 +41,7 @@ def stack(call: Call) -> Sequence[Dims]:
         call.tie(*((i, d) for i in range(len(tensors))), (len(tensors), d + (d >= dim)))
     zeros = [all(call.zeros(v)[d] for v in tensors) for d in range(rank)]
     new = call.pinned(len(tensors), "stack lists its tensors")
-    call.zero = [(*zeros[:dim], False, *zeros[dim:])]
+    call.zero = [(*zeros[:dim], True, *zeros[dim:])]  # nothing is ever removed from the new dim
     return [(*dims[0][:dim], new, *dims[0][dim:])]
 
 
@@ -117,6 +117,7 @@ def select(call: Call) -> Sequence[Dims]:
 def slice_(call: Call) -> Sequence[Dims]:
     """A run of positions of a dim."""
     dims, zeros, dim = call.dims(call.first), call.zeros(call.first), call.dim()
+    run: Axis
     size, length = dims[dim].size, call.shape[dim]
     straight(call, [(d, d) for d in range(len(dims)) if d != dim])
     call.zero = [zeros]
@@ -126,8 +127,7 @@ def slice_(call: Call) -> Sequence[Dims]:
     start = as_int(call["start"]) or 0
     start = min(max(start + size if start < 0 else start, 0), size)
     if call["step"] not in (None, 1):
-        call.pin(dims[dim], f"{call.node.op} takes every {as_int(call['step'])}th position of it")
-        run: Axis = call.pinned(length, f"{call.node.op} makes it")
+        run = _every(call, dims[dim], start)
     else:
         before, run, after = Atom(start), Atom(length), Atom(size - start - length)
         call.axes.unify(dims[dim], Sum(before, run, after), call.node)
@@ -139,6 +139,22 @@ def slice_(call: Call) -> Sequence[Dims]:
             call.literal(Sum(before, run), "end")
         straight(call, [(dim, dim)])
     return [tuple(run if d == dim else a for d, a in enumerate(dims))]
+
+
+def _every(call: Call, axis: Axis, start: int) -> Axis:
+    """Every so manyth position of a dim: one of each run of them, where whole runs make up the dim."""
+    step, length, end = as_int(call["step"]) or 1, call.shape[call.dim()], as_int(call["end"])
+    if start < step and step * length == axis.size:
+        runs = Atom(length)
+        if end is not None and end < axis.size:
+            call.pin(runs, f"{call.node.op} ends before the last of its positions")
+        places = call.pinned(step, f"{call.node.op} takes every {step}th position of it")
+        call.axes.unify(axis, Prod(runs, places), call.node)
+        if (as_int(call["start"]) or 0) < 0:
+            call.literal(call.pinned(start, f"{call.node.op} starts behind it"), "start")
+        return runs
+    call.pin(axis, f"{call.node.op} takes every {step}th position of it")
+    return call.pinned(length, f"{call.node.op} makes it")
 
 
 @function("pad constant_pad_nd")

@@ -11,6 +11,7 @@ from graphprune.errors import RuleError
 from graphprune.program import Value
 from graphprune.rules.call import Call, Dims, operand_values
 from graphprune.rules.registry import function, table
+from graphprune.rules.shape import straight
 
 
 def _picked(call: Call, dims: Dims, indices: Sequence[Value | None]) -> tuple[list[int], int, list[Axis]]:
@@ -77,13 +78,62 @@ def index_select(call: Call) -> Sequence[Dims]:
     return [(*dims[:dim], picked[0] if picked else Atom(1), *dims[dim + 1 :])]
 
 
-@function("gather take_along_dim scatter scatter_add scatter_reduce index_add index_copy index_fill masked_scatter")
+@function("gather take_along_dim")
 def gather(call: Call) -> Sequence[Dims]:
-    """Positions by number, per element: every dim of every operand stays whole."""
+    """Positions of one dim by number, chosen anew at every place of the other dims, which go side by side.
+
+    Raises:
+        RuleError: it takes them over all dims at once.
+    """
+    dims, zeros = call.dims(call["self"]), call.zeros(call["self"])
+    index = call.dims(call["indices" if call.has("indices") else "index"])
+    if call["dim"] is None:
+        raise RuleError(f"positions over all dims at once have no rule, in {call.node}")
+    dim, out = call.dim(), list(index)
+    for d, axis in enumerate(dims):
+        if d == dim:
+            call.pin(axis, f"{call.node.op} picks positions of it")
+        else:
+            out[d] = _beside(call, axis, index[d])
+            straight(call, [(d, d)])
+    call.zero = [tuple(z and d != dim and out[d].size == dims[d].size for d, z in enumerate(zeros))]
+    return [tuple(out)]
+
+
+def _beside(call: Call, axis: Axis, other: Axis) -> Axis:
+    """The dim of the result where a dim of the tensor and one of the index go side by side."""
+    if axis.size == other.size:
+        return call.unify(axis, other)
+    if call.node.op == "take_along_dim":  # which broadcasts
+        return other if axis.size == 1 else axis
+    for a in (axis, other):
+        call.pin(a, f"{call.node.op} cuts one of two dims short")
+    return other
+
+
+@function("scatter scatter_add scatter_reduce index_copy index_fill masked_scatter")
+def scatter(call: Call) -> Sequence[Dims]:
+    """Positions written by number: every dim of every operand stays whole."""
     for value in call.node.values():
         for axis in call.dims(value):
             call.pin(axis, f"{call.node.op} picks positions of it")
     return [tuple(call.pinned(size, f"{call.node.op} makes it") for size in call.shape)]
+
+
+@function("index_add")
+def index_add(call: Call) -> Sequence[Dims]:
+    """Rows added at the positions listed: that dim stays whole, the others go side by side."""
+    dims, source, dim = call.dims(call["self"]), call.dims(call["source"]), call.dim()
+    zeros = zip(call.zeros(call["self"]), call.zeros(call["source"]), strict=True)
+    for d, axis in enumerate(dims):
+        if d == dim:
+            for a in (axis, source[d], *call.dims(call["index"])):
+                call.pin(a, f"{call.node.op} lists positions along it")
+        else:
+            call.unify(axis, source[d])
+            straight(call, [(d, d)])
+    call.zero = [tuple(a and b and d != dim for d, (a, b) in enumerate(zeros))]
+    return [dims]
 
 
 INDEX = table(module=globals())

@@ -15,9 +15,10 @@ from torch import nn
 from graphprune.errors import InputError, TraceError
 from graphprune.program import Program
 from graphprune.trace.export import export, nested_graph
-from graphprune.trace.inputs import Inputs, output_tensors, register_dataclasses, run, untouched
+from graphprune.trace.inputs import Inputs, output_tensors, run, untouched
 from graphprune.trace.record import record
 from graphprune.trace.schema import signature
+from graphprune.trace.tree import register
 
 __all__ = ["Inputs", "nested_graph", "output_tensors", "run", "signature", "trace", "untouched"]
 
@@ -48,7 +49,7 @@ def trace(
         raise InputError(f"front_end={front_end!r}; it is 'auto', 'record' or, with an open batch size, 'export'")
     inputs = Inputs.of(example_inputs)
     _check(model, inputs)
-    register_dataclasses((inputs.args, dict(inputs.kwargs)))
+    register((inputs.args, dict(inputs.kwargs)))
     if front_end == "record" or (front_end == "auto" and not dynamic_batch):
         try:
             with untouched(model), torch.no_grad():

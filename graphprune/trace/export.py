@@ -20,9 +20,10 @@ from torch.utils import _pytree as pytree
 
 from graphprune.errors import InputError, TraceError
 from graphprune.program import Kind, Node, Program, SymbolicInt, Value, is_library
-from graphprune.trace.inputs import Inputs, register_dataclasses
+from graphprune.trace.inputs import Inputs
 from graphprune.trace.schema import call_node, hint, value
 from graphprune.trace.state import State
+from graphprune.trace.tree import carried, register
 
 OpenDims = Sequence[tuple[int, ...]]
 """Per tensor of the inputs, in flattening order, the dims whose sizes are left open."""
@@ -55,7 +56,7 @@ def _export(model: nn.Module, inputs: Inputs, open_dims: OpenDims) -> torch.expo
             output = model(*inputs.args, **inputs.kwargs)
         except Exception as cause:
             raise InputError(_own_failure(model, inputs, cause)) from cause
-        if register_dataclasses(output):
+        if register(output):
             return attempt()
         raise TraceError(_export_failure(model, error)) from error
 
@@ -118,7 +119,11 @@ class _Reader:
         env = {n: self._placeholder(n, spec) for n, spec in zip(placeholders, specs, strict=True)}
         outputs = self._body(self.exported.graph_module, env, prefix="")
         dynamic = any(_is_open(n.meta.get("val")) for n in placeholders)
-        return self.state.program(self.inputs, outputs, self.nodes, dynamic_batch=dynamic, source=self.exported)
+        spec = self.exported.call_spec.out_spec
+        marks = carried(self.state.model, pytree.tree_unflatten([torch.empty(0)] * spec.num_leaves, spec))
+        return self.state.program(
+            self.inputs, outputs, self.nodes, carried=marks, dynamic_batch=dynamic, source=self.exported
+        )
 
     def _placeholder(self, node: torch.fx.Node, spec: Any) -> Any:
         val = node.meta.get("val")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
+
+from graphprune.trace.tree import register
 
 
 @dataclass(frozen=True)
@@ -105,20 +106,9 @@ def run(model: nn.Module, inputs: Inputs, state: Mapping[str, torch.Tensor] | No
 
 
 def output_tensors(output: Any) -> list[torch.Tensor]:
-    """Every tensor in a model's output, flattened in order; dataclasses are looked into."""
-    register_dataclasses(output)
+    """Every tensor in a model's output, flattened in order; dataclasses and objects with tensors are looked into."""
+    register(output)
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
-
-
-def register_dataclasses(tree: Any) -> bool:
-    """Let pytree look into the dataclasses of `tree`, as it does into dicts; True if any was new."""
-    found = False
-    for leaf in pytree.tree_leaves(tree):
-        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            torch.export.register_dataclass(type(leaf))
-            found = True
-            register_dataclasses([getattr(leaf, f.name) for f in dataclasses.fields(leaf)])
-    return found
 
 
 def _cuda_devices(model: nn.Module) -> list[int]:

@@ -23,10 +23,11 @@ from torch.utils import _pytree as pytree
 
 from graphprune.errors import TraceError
 from graphprune.program import Kind, Node, Program, Value, is_library
-from graphprune.trace.inputs import Inputs, register_dataclasses
+from graphprune.trace.inputs import Inputs
 from graphprune.trace.schema import call_node, value
 from graphprune.trace.shapes import quick
 from graphprune.trace.state import State
+from graphprune.trace.tree import carried, register
 
 KNOWN_LIMIT = 1 << 16
 """Tensors made by the model's code keep their values up to this many elements."""
@@ -44,9 +45,10 @@ def record(model: nn.Module, inputs: Inputs) -> Program:
     given = recorder.inputs(inputs)
     with recorder.watching(), torch.compiler.set_stance("force_eager"):
         output = model(*given.args, **given.kwargs)
-    register_dataclasses(output)
-    outputs = [recorder.value(leaf) for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
-    return recorder.state.program(recorder.given, outputs, recorder.nodes)
+    register(output)
+    leaves = pytree.tree_leaves(output)
+    outputs = [recorder.value(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+    return recorder.state.program(recorder.given, outputs, recorder.nodes, carried=carried(model, output))
 
 
 class _Recorder(SchemaCheckMode):  # type: ignore[no-untyped-call]
@@ -118,7 +120,8 @@ class _Recorder(SchemaCheckMode):  # type: ignore[no-untyped-call]
         known = self.places.get(_place(tensor))
         if known is not None:
             return self._know(tensor, known)
-        if (tensor.is_meta or _storage(tensor) in self.storages) and id(tensor) not in self.attributes:
+        unseen = tensor.numel() and (tensor.is_meta or _storage(tensor) in self.storages)
+        if unseen and id(tensor) not in self.attributes:  # an empty one, as caches start with, has nothing to miss
             raise TraceError("a tensor appears that no recorded call made")
         target = self.attributes.get(id(tensor), f"lifted_tensor_{len(self.alive)}")
         return self._know(tensor, self.state.add(target, tensor, "constant"))

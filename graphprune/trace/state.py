@@ -48,11 +48,13 @@ class State:
         outputs: Iterable[Any],
         nodes: Iterable[Node],
         *,
+        carried: Iterable[bool],
         dynamic_batch: bool = False,
         source: Any = None,
     ) -> Program:
-        """The program, once everything was met."""
-        outputs, nodes = tuple(v for v in outputs if isinstance(v, Value)), tuple(nodes)
+        """The program, once everything was met; `carried` says of each output whether the model takes it back."""
+        marked = [(v, mark) for v, mark in zip(outputs, carried, strict=True) if isinstance(v, Value)]
+        outputs, nodes = tuple(v for v, _ in marked), tuple(nodes)
         read = {id(v) for node in nodes for v in node.values()} | {id(v) for v in outputs}
         self._alias_ties()
         return Program(
@@ -61,6 +63,7 @@ class State:
             aliases=self.aliases,
             inputs=tuple(inputs),
             outputs=outputs,
+            carried=frozenset(k for k, (_, mark) in enumerate(marked) if mark),
             nodes=nodes,
             unused=tuple(v.target for v in self.values.values() if id(v) not in read),
             overlapping=self._overlapping(),

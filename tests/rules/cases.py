@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers.integrations.moe  # noqa: F401 - defines an op
 
 from graphprune.rules.pointwise import NOT_ZERO, SINGULAR, ZERO_TO_ZERO
 
@@ -25,7 +26,8 @@ class Case:
 
     @property
     def name(self) -> str:
-        return str(self.op._schema.name).partition("::")[2]
+        namespace, _, base = str(self.op._schema.name).partition("::")
+        return base if namespace == "aten" else f"{namespace}.{base}"
 
     @property
     def label(self) -> str:
@@ -214,7 +216,15 @@ CONTRACT = [
         note="grouped query",
     ),
     c(aten.embedding.default, signed(11, 5), ints(11, 2, 3), free=3),
+    c(
+        torch.ops.transformers.grouped_mm_fallback.default,
+        *(signed(7, 3), signed(2, 3, 5), torch.tensor([4, 7], dtype=torch.int32)),
+        free=2,
+    ),
 ]
+STAND_INS = {"_grouped_mm": "transformers.grouped_mm_fallback"}
+"""Ops held through another one of the same rule: this one has no float64 kernel and wants sizes that divide by 4."""
+
 
 NORM = [
     c(aten.layer_norm.default, signed(2, 3, 5), [5], t(5), signed(5), free=2),
@@ -350,7 +360,11 @@ SHAPE = [
     c(aten.slice.Tensor, t(2, 14), 1, -5, free=3, note="from the end"),
     c(aten.slice.Tensor, t(2, 14), 1, 0, -5, free=3, note="up to the end"),
     c(aten.slice.Tensor, t(2, 14), 0, 0, 9223372036854775807, free=2, note="all"),
-    c(aten.slice.Tensor, t(2, 14), 1, 1, None, 2, free=1, note="every second"),
+    c(aten.slice.Tensor, t(2, 14), 1, 1, None, 2, free=2, note="every second"),
+    c(aten.slice.Tensor, t(2, 15), 1, -13, 15, 3, free=2, note="every third"),
+    c(aten.slice.Tensor, t(2, 15), 1, 0, 13, 3, free=1, note="every third but the end"),
+    c(aten.slice.Tensor, t(2, 14), 1, 1, None, 3, free=1, note="every third of fourteen"),
+    c(aten.slice.Tensor, t(2, 14), 1, 3, None, 2, free=1, note="every second from the middle"),
     c(aten.narrow.default, t(2, 14), 1, 3, 7, free=4),
     c(aten.pad.default, t(2, 5, 7), [0, 0, 3, 4], free=5),
     c(aten.pad.default, t(2, 5, 7), [0, 0, 3, 0], "constant", 2.5, free=4, note="not zero"),
@@ -420,12 +434,17 @@ INDEX = [
     c(aten.index.Tensor, t(5, 3, 7), [ints(5, 4, 1), ints(3, 2)], free=3, note="broadcast"),
     c(aten.index_put.default, t(5, 3), [ints(5, 4).unique()], t(1, 3), free=1),
     c(aten.index_select.default, t(2, 5, 3), 1, ints(5, 4), free=3),
-    c(aten.gather.default, t(5, 3), 0, ints(5, 4, 3), free=0),
-    c(aten.take_along_dim.default, t(5, 3), ints(5, 4, 3), 0, free=0),
+    c(aten.gather.default, t(5, 3), 0, ints(5, 4, 3), free=2),
+    c(aten.gather.default, t(5, 3, 7), -1, ints(7, 5, 3, 2), free=3, note="last"),
+    c(aten.gather.default, t(5, 3), 0, ints(5, 4, 2), free=1, note="cut short"),
+    c(aten.take_along_dim.default, t(5, 3), ints(5, 4, 3), 0, free=2),
+    c(aten.take_along_dim.default, t(5, 3), ints(5, 4, 1), 0, free=2, note="broadcast index"),
+    c(aten.take_along_dim.default, t(5, 1), ints(5, 4, 3), 0, free=2, note="broadcast tensor"),
     c(aten.scatter.src, t(5, 3), 0, ints(5, 2, 3), t(2, 3), free=0),
     c(aten.scatter_add.default, t(5, 3), 0, ints(5, 2, 3), t(2, 3), free=0),
     c(aten.scatter_reduce.two, t(5, 3), 0, ints(5, 2, 3), t(2, 3), "sum", free=0),
-    c(aten.index_add.default, t(5, 3), 0, ints(5, 2), t(2, 3), free=0),
+    c(aten.index_add.default, t(5, 3), 0, ints(5, 2), t(2, 3), free=1),
+    c(aten.index_add.default, t(2, 5, 3), 1, ints(5, 4), t(2, 4, 3), free=2, note="second"),
     c(aten.index_copy.default, t(5, 3), 0, torch.tensor([3, 1]), t(2, 3), free=0),
     c(aten.index_fill.int_Scalar, t(5, 3), 0, ints(5, 2), 1.0, free=0),
     c(aten.masked_scatter.default, t(2, 3), t(2, 3) > 0.5, t(2, 3), free=0),

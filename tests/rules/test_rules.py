@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from graphprune.rules import RULES, find, op
-from tests.rules.cases import CASES, VALUELESS, c, ints, signed, t
+from tests.rules.cases import CASES, STAND_INS, VALUELESS, c, ints, signed, t
 from tests.rules.commute import CaughtWrong, check, node_of
 
 aten = torch.ops.aten
@@ -21,11 +21,13 @@ def test_slicing_commutes_with_the_op(case):
 
 def test_every_rule_is_held_to_the_property():
     held = {name for case in CASES for name in (case.name, case.name.removesuffix("_"))}
-    assert set(RULES) - held - VALUELESS == set()
+    assert set(RULES) - held - VALUELESS - set(STAND_INS) == set()
+    assert all(RULES[name] is RULES[other] and other in held for name, other in STAND_INS.items())
 
 
 def test_every_rule_names_an_op_that_exists():
-    assert [name for name in RULES if not hasattr(torch.ops.aten, name)] == []
+    spaces = {name: name.rpartition(".") for name in RULES}
+    assert [n for n, (space, _, base) in spaces.items() if not hasattr(getattr(torch.ops, space or "aten"), base)] == []
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ NOT_EXACT = {
     "an in-place shift of a view before a sum": lambda s, x: (
         lambda h: (h[:, :3].add_(1), s.last(h * 0) + h.sum(-1, keepdim=True))[1]
     )(s.first(x)),
-    "every second channel": lambda s, x: s.last(torch.cat([s.first(x)[:, ::2], s.first(x)[:, 1::2]], -1)),
+    "every fourth channel": lambda s, x: s.last(s.first(x) * 0) + s.first(x)[:, ::4],
     "reversed channels": lambda s, x: s.last(s.first(x).flip(-1)),
 }  # fmt: skip
 

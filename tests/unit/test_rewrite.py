@@ -161,6 +161,30 @@ def test_attributes_that_equal_a_width_by_chance_keep_their_value():
     assert (small.longest, small.heads, small.version) == (4, 2, 4)
 
 
+class Shortcut(nn.Module):
+    """Reads its number of heads while it is traced, and otherwise only if asked to; its index may equal it."""
+
+    def __init__(self, index):
+        super().__init__()
+        self.index, self.heads = index, 4
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x, careful=False):
+        heads = self.heads if careful or torch.compiler.is_exporting() else self.first.weight.shape[0] // 2
+        h = self.first(x).reshape(len(x), heads, 2)
+        return x + self.last((h * h.sum(-1, keepdim=True)).flatten(1))
+
+
+def test_the_one_attribute_that_every_layer_holds_changes_even_if_this_call_does_not_read_it():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*(Shortcut(index) for index in range(3, 6))).eval(), torch.rand(2, 8)
+    coupling = gp.couple(gp.trace(model, x))
+    plan = gp.Plan.of(coupling, {f"{i}.first:[4]x2": [0, 3] for i in range(3)})
+    small = emit_verified(model, gp.Inputs((x,)), coupling, plan, emit="module")[0].model
+    assert [(m.index, m.heads) for m in small] == [(3, 2), (4, 2), (5, 2)]
+    assert torch.equal(small[1](x, careful=True), small[1](x))
+
+
 def test_padding_that_equals_the_number_of_groups_stays():
     net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 5, padding=2, groups=2), nn.Conv2d(8, 2, 1)).eval()
     small = half(net, torch.rand(2, 3, 8, 8), emit="module").model
@@ -220,6 +244,31 @@ def test_a_config_that_layers_share_is_copied_before_it_changes():
     small = gp.rewrite(model, torch.rand(2, 7, 30), coupling, plan, emit="module", problem=_problem(model, plan)).model
     assert [(m.config.heads, m.config.head_dim) for m in small] == [(3, 6), (4, 2)]
     assert (config.heads, config.head_dim) == (4, 6)
+
+
+class Derives(nn.Module):
+    """Its config says the number of heads; the weights do too, and they are asked."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.first, self.last = config, nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        h = self.first(x).reshape(len(x), self.first.weight.shape[0] // 2, 2)
+        return x + self.last((h * h.sum(-1, keepdim=True)).flatten(1))
+
+
+def test_a_config_that_nobody_had_to_change_is_still_shared():
+    torch.manual_seed(0)
+    config = Config()
+    model, x = nn.Sequential(Derives(config), Derives(config)).eval(), torch.rand(2, 8)
+    model.config = config
+    coupling = gp.couple(gp.trace(model, x))
+    plan = gp.Plan.of(coupling, {"0.first:[4]x2": [0, 2], "1.first:[4]x2": [1]})
+    small = emit_verified(model, gp.Inputs((x,)), coupling, plan, emit="module")[0].model
+    assert small[0].config is small[1].config is small.config
+    assert small.config is not config
+    assert vars(small.config) == vars(config)
 
 
 def _problem(model, plan):
