@@ -128,12 +128,23 @@ def _group_norm(m: nn.GroupNorm) -> dict[str, Any]:
     return {} if m.weight is None else {"num_channels": m.weight.shape[0]}
 
 
-def _embedding(m: nn.Embedding) -> dict[str, Any]:
+def _embedding(m: nn.Embedding | nn.EmbeddingBag) -> dict[str, Any]:
     return {"num_embeddings": m.weight.shape[0], "embedding_dim": m.weight.shape[1]}
 
 
 def _prelu(m: nn.PReLU) -> dict[str, Any]:
     return {"num_parameters": m.weight.shape[0]}
+
+
+def _rnn(m: nn.RNNBase) -> dict[str, Any]:
+    entering: torch.Tensor = getattr(m, "weight_ih_l0")  # noqa: B009 - made by name in its constructor
+    rows, width = entering.shape
+    sizes = {"input_size": width, "hidden_size": rows // {"LSTM": 4, "GRU": 3}.get(m.mode, 1)}
+    return {**sizes, "proj_size": getattr(m, "weight_hr_l0").shape[0]} if m.proj_size else sizes  # noqa: B009
+
+
+def _rnn_cell(m: nn.RNNCellBase) -> dict[str, Any]:
+    return {"input_size": m.weight_ih.shape[1], "hidden_size": m.weight_hh.shape[1]}
 
 
 _TORCH: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Callable[[Any], dict[str, Any]]], ...] = (
@@ -143,19 +154,28 @@ _TORCH: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Callable[[Any
     (nn.modules.batchnorm._NormBase, _norm),
     ((nn.LayerNorm, nn.RMSNorm), _layer_norm),
     (nn.GroupNorm, _group_norm),
-    (nn.Embedding, _embedding),
+    ((nn.Embedding, nn.EmbeddingBag), _embedding),
     (nn.PReLU, _prelu),
+    (nn.RNNBase, _rnn),
+    (nn.RNNCellBase, _rnn_cell),
 )
 
 
 def _set_torch_attributes(model: nn.Module) -> None:
     """Bring the size attributes of torch.nn modules in line with their weights."""
     for module in model.modules():
-        for kind, attributes in _TORCH:
-            if isinstance(module, kind):
-                for name, value in attributes(module).items():
-                    if hasattr(module, name) and getattr(module, name) != value:
-                        setattr(module, name, value)
+        for name, value in _by_weights(module).items():
+            if hasattr(module, name) and getattr(module, name) != value:
+                setattr(module, name, value)
+
+
+def _by_weights(module: nn.Module) -> dict[str, Any]:
+    """The size attributes of a torch.nn module as its weights say; empty for any other."""
+    found: dict[str, Any] = {}
+    for kind, attributes in _TORCH:
+        if isinstance(module, kind):
+            found.update(attributes(module))
+    return found
 
 
 # -- attributes of everything else -------------------------------------------------------------------------------
@@ -195,7 +215,10 @@ def _holding(small: nn.Module, path: str, old: int) -> list[Slot]:
     while True:
         module = lookup(small, path)
         if isinstance(module, nn.Module):
-            own = [Slot(path, name, index) for name, index in _ints(vars(module), old)]
+            found, settled = list(_ints(vars(module), old)), _by_weights(module)
+            own = [Slot(path, name, index) for name, index in found if name not in settled]
+            if len(own) < len(found) and (not own or type(module).__module__.startswith("torch.nn.")):
+                return []
             if not own:
                 own = [
                     Slot(path, name, index, config)

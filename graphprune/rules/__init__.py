@@ -11,12 +11,15 @@ from graphprune.rules.cut import CUT
 from graphprune.rules.index import INDEX
 from graphprune.rules.norm import NORM
 from graphprune.rules.pointwise import POINTWISE
+from graphprune.rules.recurrent import RECURRENT
 from graphprune.rules.reduce import REDUCE
 from graphprune.rules.registry import find, function, op, table
 from graphprune.rules.shape import SHAPE
 from graphprune.rules.space import SPACE
 
-RULES: Mapping[str, Rule] = MappingProxyType(table(CONTRACT, POINTWISE, NORM, REDUCE, SHAPE, CUT, SPACE, INDEX))
+RULES: Mapping[str, Rule] = MappingProxyType(
+    table(CONTRACT, RECURRENT, POINTWISE, NORM, REDUCE, SHAPE, CUT, SPACE, INDEX)
+)
 """Every rule of the library; extend it with `RULES | op(...)`."""
 
 __all__ = [

@@ -216,6 +216,48 @@ CONTRACT = [
     c(aten.embedding.default, signed(11, 5), ints(11, 2, 3), free=3),
 ]
 
+
+def _recurrent(kind: str, layers: int, directions: int, biases: bool, project: int = 0, first: bool = False) -> Case:
+    """A layer over 7 steps, a batch of 2, 3 inputs and 5 units."""
+    gates = {"lstm": 4, "gru": 3}.get(kind, 1)
+    fed, x = project or 5, signed(2, 7, 3) if first else signed(7, 2, 3)
+    weights = []
+    for k in range(layers * directions):
+        weights += [signed(gates * 5, 3 if k < directions else directions * fed), signed(gates * 5, fed)]
+        weights += [signed(gates * 5), t(gates * 5)] if biases else []
+        weights += [signed(project, 5)] if project else []
+    h, cell = signed(layers * directions, 2, fed), signed(layers * directions, 2, 5)
+    options = (weights, biases, layers, 0.0, False, directions == 2, first)
+    note = f"{layers}x{directions}{'' if biases else ' no bias'}{' projected' if project else ''}"
+    op = getattr(aten, kind).input
+    return c(op, x, [h, cell] if kind == "lstm" else h, *options, free=4 if project else 3, note=note)
+
+
+def _cell(kind: str, biases: bool) -> Case:
+    gates = {"lstm": 4, "gru": 3}.get(kind, 1)
+    states = [signed(2, 5), t(2, 5)] if kind == "lstm" else signed(2, 5)
+    bias = (signed(gates * 5), t(gates * 5)) if biases else ()
+    op = getattr(aten, f"{kind}_cell").default
+    weights = (signed(gates * 5, 3), signed(gates * 5, 5))
+    return c(op, signed(2, 3), states, *weights, *bias, free=3, note="" if biases else "no bias")
+
+
+def _packed(kind: str) -> Case:
+    whole = _recurrent(kind, 2, 2, biases=True)
+    _, states, weights, *options, _ = whole.args
+    sizes = torch.tensor([2, 2, 1])
+    return c(getattr(aten, kind).data, signed(5, 3), sizes, states, weights, *options, free=2, note="packed")
+
+
+RECURRENT = [
+    *(_recurrent(k, 1, 1, biases=True) for k in ("lstm", "gru", "rnn_tanh", "rnn_relu")),
+    *(_recurrent(k, 2, 2, biases=False, first=True) for k in ("lstm", "gru", "rnn_tanh", "rnn_relu")),
+    _recurrent("lstm", 2, 2, biases=True, project=3),
+    _recurrent("lstm", 1, 1, biases=False, project=3, first=True),
+    *(_packed(k) for k in ("lstm", "gru", "rnn_tanh", "rnn_relu")),
+    *(_cell(k, biases) for k in ("lstm", "gru", "rnn_tanh", "rnn_relu") for biases in (True, False)),
+]
+
 NORM = [
     c(aten.layer_norm.default, signed(2, 3, 5), [5], t(5), signed(5), free=2),
     c(aten.layer_norm.default, signed(2, 3, 5), [3, 5], None, None, free=1, note="two dims"),
@@ -431,4 +473,4 @@ INDEX = [
     c(aten.masked_scatter.default, t(2, 3), t(2, 3) > 0.5, t(2, 3), free=0),
 ]
 
-CASES = [*UNARY, *BINARY, *CONTRACT, *NORM, *REDUCE, *SHAPE, *SPACE, *INDEX]
+CASES = [*UNARY, *BINARY, *CONTRACT, *RECURRENT, *NORM, *REDUCE, *SHAPE, *SPACE, *INDEX]
