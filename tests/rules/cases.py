@@ -57,8 +57,11 @@ def _unary(name: str) -> Case:
     op = overloads.default if "default" in overloads.overloads() else getattr(overloads, overloads.overloads()[0])
     if name in ("bitwise_not", "logical_not"):
         return c(op, t(2, 3, 5) > 0.5, free=3)
-    x = t(2, 3, 5) + (1 if name == "acosh" else 0)
+    x = t(2, 3, 5) + (1 if name in ("acosh", "arccosh") else 0)
     extra = _EXTRA.get(name, ())
+    if name == "polygamma":
+        return c(op, 1, x, free=0)
+    x = torch.complex(x, x) if name == "imag" else x
     return Case(op, (x, *extra), free=0 if name in SINGULAR.split() else 3)
 
 
@@ -80,12 +83,17 @@ VALUELESS = {"rand_like", "randn_like", "empty_like", "empty", "new_empty", "emp
     "randint_like",
     "bernoulli",
     "multinomial",
+    "normal",
+    "exponential",
+    "uniform",
+    "poisson",
 }
 
 UNARY = [_unary(n) for n in f"{ZERO_TO_ZERO} {NOT_ZERO} {SINGULAR}".split() if n not in VALUELESS]
 
-_FLOAT_PAIRS = "add sub rsub subtract mul multiply maximum minimum fmax fmin copysign hypot atan2 eq ne lt gt le ge"
-_QUOTIENTS = "div divide true_divide floor_divide fmod remainder"
+_FLOAT_PAIRS = "arctan2 logaddexp logaddexp2 heaviside ldexp isclose complex polar add sub rsub subtract mul multiply maximum minimum fmax fmin copysign hypot atan2 eq ne lt gt le ge"
+_QUOTIENTS = "xlogy special_xlogy div divide true_divide floor_divide fmod remainder"
+_DISTANCES = "mse_loss l1_loss smooth_l1_loss huber_loss"
 _BOOL_PAIRS = "logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor __and__ __or__ __xor__"
 
 
@@ -114,6 +122,9 @@ BINARY = [
     c(aten.pow.Tensor_Scalar, t(2, 3), 2, free=2),
     c(aten.pow.Tensor_Scalar, t(2, 3), 0, free=2, note="to nothing"),
     c(aten.pow.Tensor_Scalar, t(2, 3), -1, free=0, note="negative"),
+    c(aten.float_power.Tensor_Scalar, t(2, 3), 2, free=2),
+    c(aten.xlogy.Scalar_Other, t(2, 3), 2, free=2),
+    c(aten.prelu.default, signed(5), t(1), free=1, note="vector"),
     c(aten.pow.Scalar, 2.0, t(2, 3), free=2),
     c(aten.pow.Tensor_Tensor, t(2, 3), t(3), free=2),
     c(aten.clamp.default, signed(2, 3), -0.2, 0.2, free=2),
@@ -194,6 +205,17 @@ CONTRACT = [
     c(aten.addmm.default, signed(5), signed(2, 3), signed(3, 5), free=3, note="bias"),
     c(aten.addmm.default, signed(2, 5), signed(2, 3), signed(3, 5), free=3),
     c(aten.baddbmm.default, signed(7, 2, 5), signed(7, 2, 3), signed(7, 3, 5), free=4),
+    c(aten.addbmm.default, signed(2, 5), signed(7, 2, 3), signed(7, 3, 5), free=4),
+    c(aten.addmv.default, signed(2), signed(2, 3), signed(3), free=2),
+    c(aten.addr.default, signed(2, 3), signed(2), signed(3), free=2),
+    c(aten.addr.default, signed(3), signed(2), signed(3), free=2, note="broadcast"),
+    c(aten.embedding_bag.default, signed(7, 5), ints(7, 11), torch.tensor([0, 2, 5]), free=1),
+    c(aten.embedding_bag.default, signed(7, 5), ints(7, 11), torch.tensor([0, 2, 5]), False, 2, free=1, note="largest"),
+    c(
+        aten.embedding_bag.padding_idx,
+        *(signed(7, 5), ints(7, 11), torch.tensor([0, 2, 5]), False, 1, False, None, False, 3),
+        free=1,
+    ),
     c(aten.einsum.default, "bhid,bhjd->bhij", [signed(2, 3, 5, 7), signed(2, 3, 11, 7)], free=5),
     c(aten.einsum.default, "...ij,jk->...ik", [signed(2, 3, 5), signed(5, 7)], free=4, note="dots"),
     c(aten.einsum.default, "ij,kj", [signed(2, 3), signed(5, 3)], free=3, note="implicit"),
@@ -331,6 +353,119 @@ REDUCE = [
     c(aten.linalg_vector_norm.default, signed(2, 3, 5), float("inf"), [1], True, free=3, note="largest"),
     c(aten.norm.ScalarOpt_dim, signed(2, 3, 5), 2, [1], free=3),
     c(aten.norm.Scalar, signed(2, 3), 2, free=2),
+    c(aten.linalg_norm.default, signed(2, 3, 5), None, [1], free=3),
+    c(aten.linalg_norm.default, signed(2, 3, 5), 2, [1, 2], free=1, note="of matrices"),
+    c(aten.linalg_matrix_norm.str_ord, signed(2, 3, 5), free=3),
+    c(aten.linalg_matrix_norm.str_ord, signed(2, 3, 5), "nuc", free=1, note="nuclear"),
+    c(aten.linalg_matrix_norm.default, signed(2, 3, 5), 1, free=1),
+    c(aten.frobenius_norm.dim, signed(2, 3, 5), [1], free=3),
+    c(aten.nuclear_norm.dim, signed(2, 3, 5), [1, 2], free=1),
+    c(aten.nansum.default, signed(2, 3, 5), [1], free=3),
+    c(aten.nanmean.default, signed(2, 3, 5), [1], free=2),
+    c(aten.aminmax.default, signed(2, 3, 5), dim=1, free=2),
+    c(aten.kthvalue.default, signed(2, 3, 5), 2, 1, free=2),
+    c(aten.msort.default, signed(2, 3, 5), free=2),
+    c(aten.quantile.scalar, t(2, 3, 5), 0.5, 1, free=2),
+    c(aten.quantile.default, t(2, 3, 5), torch.tensor([0.2, 0.7], dtype=torch.float64), 1, True, free=2),
+    c(aten.nanquantile.scalar, t(2, 3, 5), 0.5, free=0),
+    c(aten.renorm.default, signed(2, 3, 5), 2, 1, 0.5, free=3),
+    c(aten.sum_to_size.default, signed(2, 3, 5), [3, 1], free=3),
+]
+
+PAIR = [
+    c(aten.cosine_similarity.default, signed(2, 3, 5), signed(2, 3, 1), 1, free=3),
+    c(aten.cosine_similarity.default, signed(2, 3, 5), signed(3, 5), -1, free=3, note="fewer dims"),
+    c(aten.linalg_vecdot.default, signed(2, 3, 5), signed(2, 3, 5), dim=1, free=3),
+    c(aten.pairwise_distance.default, signed(2, 3, 5), signed(3, 5), free=2),
+    c(aten.pairwise_distance.default, signed(2, 3), signed(2, 3), 2.0, 1e-6, True, free=1, note="kept"),
+    c(aten.dist.default, signed(2, 3), t(2, 3), free=2),
+    c(aten.dist.default, signed(2, 3), signed(3), free=1, note="broadcast"),
+    c(aten.cdist.default, signed(2, 3, 7), signed(2, 5, 7), free=4),
+    c(aten.pdist.default, signed(3, 5), free=1),
+    c(aten.tensordot.default, signed(2, 3, 5), signed(5, 7, 3), [1, 2], [2, 0], free=4),
+    c(aten.inner.default, signed(2, 3, 5), signed(7, 5), free=4),
+    c(aten.inner.default, signed(2, 3), torch.tensor(2.0, dtype=torch.float64), free=2, note="number"),
+    c(aten.chain_matmul.default, [signed(2, 3), signed(3, 5), signed(5, 7)], free=4),
+    c(aten.linalg_multi_dot.default, [signed(3), signed(3, 5), signed(5)], free=2),
+    c(aten.kron.default, signed(2, 3), signed(5, 7), free=4),
+    c(aten.kron.default, signed(3), signed(5, 7), free=3, note="fewer dims"),
+    c(aten.block_diag.default, [signed(2, 3), signed(5), signed(7, 2)], free=5),
+]
+
+_SQUARE = torch.eye(5, dtype=torch.float64) + 0.1 * signed(5, 5) @ signed(5, 5).mT
+_PROBABLE = torch.full((2, 5), 0.2, dtype=torch.float64)
+_ALGEBRA = "inv svd svdvals qr eigh eigvalsh cholesky det slogdet matrix_exp lu_factor"
+
+WHOLE = [
+    *(c(getattr(aten, f"linalg_{n}").default, _SQUARE, free=0) for n in _ALGEBRA.split()),
+    *(
+        c(getattr(aten, n).default, _SQUARE, free=0)
+        for n in ["matrix_exp", "inverse", "det", "logdet", "slogdet", "svd", "trace"]
+    ),
+    c(aten.linalg_pinv.default, _SQUARE, 1e-10, free=0),
+    c(aten.linalg_matrix_power.default, _SQUARE, 3, free=0),
+    c(aten.matrix_power.default, _SQUARE, 3, free=0),
+    c(aten.linalg_householder_product.default, signed(5, 3), signed(3), free=0),
+    c(aten.linalg_solve.default, _SQUARE, signed(5, 3), free=0),
+    c(aten.linalg_solve_triangular.default, _SQUARE.triu(), signed(5, 3), upper=True, free=0),
+    *(
+        c(getattr(aten, f"fft_{n}").default, signed(2, 3, 4), free=2)
+        for n in ["fft", "ifft", "rfft", "irfft", "hfft", "ihfft"]
+    ),
+    *(c(getattr(aten, f"fft_{n}").default, signed(2, 4, 6), free=1) for n in ["fft2", "ifft2", "rfft2", "irfft2"]),
+    *(c(getattr(aten, f"fft_{n}").default, signed(2, 4, 6), free=1) for n in ["hfft2", "ihfft2"]),
+    *(
+        c(getattr(aten, f"fft_{n}").default, signed(2, 4, 6), dim=[1], free=2)
+        for n in ["fftn", "ifftn", "rfftn", "irfftn"]
+    ),
+    *(c(getattr(aten, f"fft_{n}").default, signed(2, 4, 6), [1], free=2) for n in ["fftshift", "ifftshift"]),
+    c(aten.fft_rfftn.default, signed(2, 4, 6), [4, 6], free=1, note="sizes"),
+    c(aten.fft_fftn.default, signed(2, 3), free=0, note="all"),
+    c(aten.stft.default, signed(2, 16), 5, 3, None, torch.ones(5, dtype=torch.float64), return_complex=True, free=1),
+    c(aten.istft.default, torch.complex(t(2, 3, 7), signed(2, 3, 7)), 4, free=1),
+    c(aten.diff.default, signed(2, 3, 5), 1, 1, free=2),
+    c(aten.diff.default, signed(2, 3), 1, 1, signed(2, 1), free=0, note="prepended"),
+    c(aten.trapz.dx, signed(2, 3, 5), dim=1, free=2),
+    c(aten.trapezoid.dx, signed(2, 3, 5), dim=1, free=2),
+    c(aten.cumulative_trapezoid.dx, signed(2, 3, 5), dim=1, free=2),
+    c(aten.gradient.scalarint, signed(2, 3), dim=1, free=0),
+    c(aten.rot90.default, signed(2, 3, 5), 1, [0, 2], free=1),
+    c(aten.rot90.default, signed(2, 3, 5), 2, [0, -1], free=1, note="half"),
+    c(aten.cross.default, signed(2, 3, 5), signed(2, 3, 5), free=2),
+    c(aten.linalg_cross.default, signed(2, 5, 3), signed(1, 5, 3), free=2),
+    *(c(getattr(aten, n).default, signed(2, 3), signed(2, 3), 0, free=2, note="each") for n in _DISTANCES.split()),
+    *(c(getattr(aten, n).default, signed(2, 3), signed(2, 3), 1, free=0, note="mean") for n in _DISTANCES.split()),
+    *(c(getattr(aten, n).default, signed(2, 3), signed(2, 3), 2, free=2, note="sum") for n in _DISTANCES.split()),
+    c(aten.cross_entropy_loss.default, signed(2, 5), ints(5, 2), free=0),
+    c(aten.nll_loss.default, signed(2, 5), ints(5, 2), free=0),
+    c(aten.nll_loss_nd.default, signed(2, 5, 3), ints(5, 2, 3), free=0),
+    *(c(getattr(aten, n).default, t(2, 5), _PROBABLE, free=0) for n in ["kl_div", "binary_cross_entropy"]),
+    c(aten.binary_cross_entropy_with_logits.default, t(2, 5), _PROBABLE, free=0),
+    c(aten.ctc_loss.IntList, signed(7, 2, 5), ints(4, 2, 3) + 1, [7, 7], [3, 2], free=0),
+    c(aten.cosine_embedding_loss.default, signed(2, 5), t(2, 5), torch.ones(2), free=0),
+    c(aten.margin_ranking_loss.default, signed(5), t(5), torch.ones(5), free=0),
+    *(
+        c(getattr(aten, n).default, t(2, 5), torch.ones(2, 5), free=0)
+        for n in ["hinge_embedding_loss", "soft_margin_loss"]
+    ),
+    c(aten.triplet_margin_loss.default, signed(2, 5), t(2, 5), t(2, 5, seed=3), free=0),
+    c(aten.multi_margin_loss.default, signed(2, 5), ints(5, 2), free=0),
+    c(aten.multilabel_margin_loss.default, signed(2, 5), ints(5, 2, 5), free=0),
+    c(aten.poisson_nll_loss.default, t(2, 5), t(2, 5, seed=3), True, False, 1e-8, 1, free=0),
+    c(aten.histc.default, t(2, 3), 5, free=0),
+    c(aten.bincount.default, ints(5, 7), free=0),
+    *(c(getattr(aten, n).default, t(2, 3) - 0.5, free=0) for n in ["nonzero", "argwhere"]),
+    c(aten.masked_select.default, t(2, 3), t(2, 3) > 0.5, free=0),
+    c(aten._unique2.default, ints(5, 7), free=0),
+    c(aten.unique_consecutive.default, ints(5, 7), free=0),
+    c(aten.take.default, t(2, 3), ints(6, 5), free=0),
+    c(aten.put.default, t(2, 3), torch.tensor([1, 4]), t(2), free=0),
+    c(aten.as_strided.default, t(2, 3), [2, 2], [1, 1], free=0),
+    c(aten.cartesian_prod.default, [t(2), t(3)], free=0),
+    c(aten.combinations.default, t(3), free=0),
+    *(c(getattr(aten, n).default, t(3, 5), free=0) for n in ["cov", "corrcoef"]),
+    c(aten.vander.default, t(3), free=0),
+    c(aten.affine_grid_generator.default, t(2, 2, 3), [2, 3, 4, 5], False, free=0),
 ]
 
 SHAPE = [
@@ -394,6 +529,32 @@ SHAPE = [
     c(aten.slice.Tensor, t(2, 14), 0, 0, 9223372036854775807, free=2, note="all"),
     c(aten.slice.Tensor, t(2, 14), 1, 1, None, 2, free=1, note="every second"),
     c(aten.narrow.default, t(2, 14), 1, 3, 7, free=4),
+    c(aten.hsplit.int, t(2, 14), 2, free=3),
+    c(aten.hsplit.array, t(14), [3, 8], free=3, note="vector"),
+    c(aten.vsplit.int, t(14, 2), 2, free=3),
+    c(aten.dsplit.array, t(2, 3, 14), [3], free=4),
+    c(aten.hstack.default, [t(2, 3), t(2, 5)], free=3),
+    c(aten.hstack.default, [t(3), t(5)], free=2, note="vectors"),
+    c(aten.vstack.default, [t(3, 2), t(5, 2)], free=3),
+    c(aten.vstack.default, [t(3), t(5, 3)], free=2, note="vector first"),
+    c(aten.row_stack.default, [t(3, 2), t(5, 2)], free=3),
+    c(aten.dstack.default, [t(2, 3, 5), t(2, 3, 7)], free=4),
+    c(aten.dstack.default, [t(3), t(1, 3, 5)], free=2, note="vector first"),
+    c(aten.column_stack.default, [t(3), t(3, 5)], free=2),
+    c(aten.fliplr.default, t(2, 3, 5), free=2),
+    c(aten.flipud.default, t(2, 3, 5), free=2),
+    c(aten.repeat_interleave.self_int, t(3, 5), 4, free=3, note="all dims"),
+    c(aten.repeat_interleave.self_Tensor, t(3, 5), torch.tensor([2, 1, 3]), 0, free=1),
+    c(aten.repeat_interleave.self_Tensor, t(3), torch.tensor([2, 1, 3]), free=0, note="all dims"),
+    c(aten.repeat_interleave.Tensor, torch.tensor([2, 1, 3]), free=0),
+    c(aten.broadcast_tensors.default, [t(2, 1, 5), t(3, 1), t(5)], free=3),
+    c(aten.diagonal.default, t(2, 5, 3, 5), 0, 1, -1, free=3),
+    c(aten.diagonal.default, t(2, 5, 7), 1, 1, 2, free=1, note="shifted"),
+    c(aten.diag_embed.default, t(2, 5), 0, 0, 2, free=2),
+    c(aten.diag_embed.default, t(2, 5), 1, free=1, note="shifted"),
+    c(aten.diag.default, t(5), free=1),
+    c(aten.diag.default, t(5, 5), free=1, note="of a matrix"),
+    c(aten.matrix_H.default, t(2, 3), free=2),
     c(aten.pad.default, t(2, 5, 7), [0, 0, 3, 4], free=5),
     c(aten.pad.default, t(2, 5, 7), [0, 0, 3, 0], "constant", 2.5, free=4, note="not zero"),
     c(aten.pad.default, t(2, 5, 7), [2, 1], "reflect", free=2, note="reflect"),
@@ -418,6 +579,8 @@ SHAPE = [
     c(aten.bartlett_window.default, 5, free=0),
     c(aten.hann_window.default, 5, free=0),
     c(aten.scalar_tensor.default, 5, free=0),
+    *(c(getattr(aten, f"{n}_window").default, 5, free=0) for n in ["hamming", "blackman", "kaiser"]),
+    *(c(getattr(aten, f"{n}_indices").default, 3, 5, free=0) for n in ["tril", "triu"]),
     c(aten.one_hot.default, ints(7, 3), 7, free=1),
     c(aten.tril.default, t(2, 3, 5), free=1),
     c(aten.triu.default, t(2, 3, 5), free=1),
@@ -451,6 +614,23 @@ SPACE = [
     c(aten.pixel_unshuffle.default, signed(2, 5, 4, 6), 2, free=2),
     c(aten.channel_shuffle.default, signed(2, 15, 4, 7), 3, free=5),
     c(aten.native_channel_shuffle.default, signed(2, 15, 4, 7), 3, free=5),
+    c(
+        aten.max_unpool2d.default,
+        signed(2, 3, 2, 2),
+        (ints(1, 2, 3, 2, 2) + torch.tensor([[0, 2], [8, 10]])),
+        [4, 4],
+        free=2,
+    ),
+    c(
+        aten.max_unpool3d.default,
+        *(signed(2, 3, 1, 2, 2), (ints(1, 2, 3, 1, 2, 2) + torch.tensor([[0, 2], [8, 10]]))),
+        *([2, 4, 4], [2, 2, 2], [0, 0, 0]),
+        free=2,
+    ),
+    c(aten.fractional_max_pool2d.default, signed(2, 3, 5, 7), [2, 2], [2, 3], t(2, 3, 2), free=2),
+    c(aten.fractional_max_pool3d.default, signed(2, 3, 5, 7, 4), [2, 2, 2], [2, 3, 2], t(2, 3, 3), free=2),
+    c(aten.view_as_complex.default, signed(3, 5, 2), free=2),
+    c(aten.view_as_real.default, torch.complex(t(3, 5), signed(3, 5)), free=2),
     c(aten.im2col.default, signed(2, 3, 5, 6), [2, 3], [1, 1], [0, 0], [1, 1], free=2),
     c(aten.col2im.default, signed(2, 18, 16), [5, 6], [2, 3], [1, 1], [0, 0], [1, 1], free=2),
 ]
@@ -462,15 +642,35 @@ INDEX = [
     c(aten.index.Tensor, t(5, 3, 7), [ints(5, 4, 1), ints(3, 2)], free=3, note="broadcast"),
     c(aten.index_put.default, t(5, 3), [ints(5, 4).unique()], t(1, 3), free=1),
     c(aten.index_select.default, t(2, 5, 3), 1, ints(5, 4), free=3),
-    c(aten.gather.default, t(5, 3), 0, ints(5, 4, 3), free=0),
-    c(aten.take_along_dim.default, t(5, 3), ints(5, 4, 3), 0, free=0),
-    c(aten.scatter.src, t(5, 3), 0, ints(5, 2, 3), t(2, 3), free=0),
-    c(aten.scatter_add.default, t(5, 3), 0, ints(5, 2, 3), t(2, 3), free=0),
-    c(aten.scatter_reduce.two, t(5, 3), 0, ints(5, 2, 3), t(2, 3), "sum", free=0),
-    c(aten.index_add.default, t(5, 3), 0, ints(5, 2), t(2, 3), free=0),
-    c(aten.index_copy.default, t(5, 3), 0, torch.tensor([3, 1]), t(2, 3), free=0),
-    c(aten.index_fill.int_Scalar, t(5, 3), 0, ints(5, 2), 1.0, free=0),
+    c(aten.index.Tensor, t(5, 3, 7), [t(5, 3) > 0.5], free=1, note="mask"),
+    c(aten.index.Tensor, t(5, 3, 7), [None, t(3) > 0.3], free=2, note="mask of the second"),
+    c(aten.index_put.default, t(5, 3, 7), [t(5, 3) > 0.5], t(1), free=3, note="filled by mask"),
+    c(aten.index_put.default, t(5, 3), [torch.arange(5) > 2], t(2, 3), free=1, note="by mask"),
+    c(aten.gather.default, t(5, 3, 7), 0, ints(5, 4, 3, 7), free=2),
+    c(aten.gather.default, t(5, 3, 7), 0, ints(5, 4, 2, 7), free=1, note="part"),
+    c(aten.take_along_dim.default, t(5, 3), ints(5, 4, 3), 0, free=1),
+    c(aten.take_along_dim.default, t(5, 3), ints(5, 4, 1), 0, free=1, note="broadcast"),
+    c(aten.take_along_dim.default, t(5, 3), ints(5, 4), free=0, note="flat"),
+    c(aten.scatter.src, t(5, 3), 0, ints(1, 2, 3) + torch.tensor([[1], [4]]), t(2, 3), free=1),
+    c(aten.scatter.src, t(5, 3), 0, ints(1, 2, 2) + torch.tensor([[1], [4]]), t(2, 3), free=0, note="part"),
+    c(aten.scatter.value, t(5, 3), 0, ints(5, 2, 3), 0.0, free=1),
+    c(aten.scatter.value, t(5, 3), 0, ints(5, 2, 3), 2.0, free=1, note="two"),
+    c(aten.scatter_add.default, t(5, 3), 0, ints(5, 2, 3), t(2, 3), free=1),
+    c(aten.scatter_reduce.two, t(5, 3), 0, ints(5, 2, 3), t(2, 3), "amax", free=1),
+    c(aten.index_add.default, t(5, 3), 0, ints(5, 2), t(2, 3), free=1),
+    c(aten.index_copy.default, t(5, 3), 0, torch.tensor([3, 1]), t(2, 3), free=1),
+    c(aten.index_reduce.default, t(5, 3), 0, torch.tensor([3, 1]), t(2, 3), "prod", free=1),
+    c(aten.index_fill.int_Scalar, t(5, 3), 0, ints(5, 2), 1.0, free=1),
+    c(aten.index_fill.int_Scalar, t(5, 3), 0, ints(5, 2), 0.0, free=1, note="zero"),
+    c(aten.slice_scatter.default, t(7, 3), t(2, 3), 0, 1, 3, free=1),
+    c(aten.select_scatter.default, t(7, 3), t(3), 0, 1, free=1),
     c(aten.masked_scatter.default, t(2, 3), t(2, 3) > 0.5, t(2, 3), free=0),
+    c(aten.isin.Tensor_Tensor, t(2, 3), t(5), free=2),
+    c(aten.bucketize.Tensor, t(2, 3), t(5).sort()[0], free=2),
+    c(aten.searchsorted.Tensor, t(5).sort()[0], t(2, 3), free=2),
+    c(aten.searchsorted.Tensor, t(2, 5).sort()[0], t(2, 3), free=2, note="rows"),
+    c(aten.searchsorted.Scalar, t(5).sort()[0], 0.5, free=0),
+    c(aten.searchsorted.Tensor, t(5), t(2, 3), sorter=t(5).argsort(), free=2, note="sorter"),
 ]
 
-CASES = [*UNARY, *BINARY, *CONTRACT, *RECURRENT, *NORM, *REDUCE, *SHAPE, *SPACE, *INDEX]
+CASES = [*UNARY, *BINARY, *CONTRACT, *RECURRENT, *NORM, *REDUCE, *SHAPE, *SPACE, *INDEX, *PAIR, *WHOLE]

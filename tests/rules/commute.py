@@ -127,7 +127,7 @@ def _compare(op, node, held, zeroed, axes, dims, outputs, call, keep):
         sliced = _slice(wanted, out_masks)
         if result.shape != sliced.shape:
             raise CaughtWrong(f"shape {list(result.shape)}, wanted {list(sliced.shape)}")
-        if not torch.allclose(result.double(), sliced.double(), rtol=1e-9, atol=1e-9, equal_nan=True):
+        if not torch.allclose(_wide(result), _wide(sliced), rtol=1e-9, atol=1e-9, equal_nan=True):
             raise CaughtWrong("the values differ")
         for d, (mask, claimed) in enumerate(zip(out_masks, zero, strict=False)):
             gone = wanted.index_select(d, torch.from_numpy(~mask).nonzero().flatten())
@@ -135,6 +135,10 @@ def _compare(op, node, held, zeroed, axes, dims, outputs, call, keep):
                 raise CaughtWrong(f"dim {d} is not zero where removed")
             if wanted.is_floating_point() and not torch.isfinite(gone).all():
                 raise CaughtWrong(f"dim {d} is not finite where removed")
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def _rewritten(op, node, axes, call, keep):
