@@ -27,7 +27,7 @@ from graphprune.plan import Plan, sliced
 from graphprune.program import Node
 from graphprune.reference import Masked, like, lively, reference, shuffled, zeroed
 from graphprune.rewrite.graph import emit_graph, raised
-from graphprune.rewrite.state import held
+from graphprune.rewrite.state import held, results
 from graphprune.trace import Inputs, run, trace
 
 TOLERANCE: Mapping[str, float] = {"float64": 1e-9, "float64 with parts in float32": 1e-5, "float32": 1e-4}
@@ -338,9 +338,13 @@ def _is_double(model: nn.Module) -> bool:
 
 
 def _copy(model: nn.Module) -> nn.Module:
+    """A copy to compare with, in eval mode: casting may compute weights anew, which in training moves buffers."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, on copying the signature of a graph module
-        return copy.deepcopy(model)
+        made = copy.deepcopy(model, dict(results(model)))
+    for module in made.modules():
+        module.training = False
+    return made
 
 
 def in_full_precision(model: nn.Module) -> nn.Module:

@@ -20,8 +20,9 @@ from torch import nn
 from graphprune.coupling import Coupling
 from graphprune.errors import RewriteError
 from graphprune.plan import Plan
-from graphprune.rewrite.state import lookup, replacements
+from graphprune.rewrite.state import lookup, replacements, results
 from graphprune.rules.call import Path
+from graphprune.trace import untouched
 
 TRIES = 16
 """How many readings of ambiguous attributes are tried before giving up."""
@@ -52,7 +53,8 @@ def emit_module(model: nn.Module, coupling: Coupling, plan: Plan, problem: Calla
         RewriteError: no reading of the attributes computes what the zeroed original computes; the message says why.
     """
     small = _copied(model, plan)
-    alike = _alike(_options(small, coupling, plan))
+    _refresh(small)
+    alike = _alike(_options(small, coupling, plan, _settled(small)))
     _set_torch_attributes(small)
     first = ""
     for choice in itertools.islice(itertools.product(*(key.values for key in alike)), TRIES):
@@ -73,11 +75,7 @@ def _copied(model: nn.Module, plan: Plan) -> nn.Module:
     Raises:
         RewriteError: the model holds something that cannot be copied.
     """
-    memo: dict[int, Any] = dict(replacements(model, plan))
-    for module in model.modules():
-        for held in vars(module).values():
-            if isinstance(held, torch.Tensor) and not held.is_leaf:
-                memo[id(held)] = held.detach().clone()
+    memo: dict[int, Any] = {**replacements(model, plan), **results(model)}
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
@@ -161,16 +159,24 @@ _TORCH: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Callable[[Any
 )
 
 
-def _set_torch_attributes(model: nn.Module) -> None:
-    """Bring the size attributes of torch.nn modules in line with their weights."""
+def _refresh(model: nn.Module) -> None:
+    """Bring weights that hooks of torch.nn.utils compute before each forward in line with what they come from."""
     for module in model.modules():
-        for name, value in _by_weights(module).items():
-            if hasattr(module, name) and getattr(module, name) != value:
-                setattr(module, name, value)
+        training, module.training = module.training, False
+        for hook in module._forward_pre_hooks.values():
+            if type(hook).__module__.startswith("torch.nn.utils."):
+                with torch.no_grad():
+                    hook(module, ())
+        module.training = training
+
+
+def _settled(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Per path of a torch.nn module, its size attributes as its weights say; reading those may move buffers."""
+    with untouched(model), torch.no_grad():
+        return {path: _by_weights(module) for path, module in model.named_modules(remove_duplicate=False)}
 
 
 def _by_weights(module: nn.Module) -> dict[str, Any]:
-    """The size attributes of a torch.nn module as its weights say; empty for any other."""
     found: dict[str, Any] = {}
     for kind, attributes in _TORCH:
         if isinstance(module, kind):
@@ -178,10 +184,21 @@ def _by_weights(module: nn.Module) -> dict[str, Any]:
     return found
 
 
+def _set_torch_attributes(model: nn.Module) -> None:
+    """Bring the size attributes of torch.nn modules in line with their weights."""
+    settled = _settled(model)
+    for path, module in model.named_modules():
+        for name, value in settled[path].items():
+            if hasattr(module, name) and getattr(module, name) != value:
+                setattr(module, name, value)
+
+
 # -- attributes of everything else -------------------------------------------------------------------------------
 
 
-def _options(small: nn.Module, coupling: Coupling, plan: Plan) -> dict[Slot, list[int]]:
+def _options(
+    small: nn.Module, coupling: Coupling, plan: Plan, settled: Mapping[str, Mapping[str, Any]]
+) -> dict[Slot, list[int]]:
     """Per int that may have to change, the values it may take, the likeliest first and its own value last."""
     keep = {coupling.atoms[name]: len(kept) for name, kept in plan.groups.items()}
     memo: dict[Any, int] = {}
@@ -191,7 +208,7 @@ def _options(small: nn.Module, coupling: Coupling, plan: Plan) -> dict[Slot, lis
         for literal in applied.literals:
             old, new = literal.axis.size, coupling.axes.width(literal.axis, keep, memo)
             if old != new and not _set_argument(lookup(small, path), literal.path, old, new):
-                for slot in _holding(small, path, old):
+                for slot in _holding(small, path, old, settled):
                     options.setdefault(slot, []).append(new)
     return {slot: list(dict.fromkeys([*values, _read(small, slot)])) for slot, values in options.items()}
 
@@ -210,13 +227,13 @@ def _set_argument(module: Any, path: Path, old: int, new: int) -> bool:
     return False
 
 
-def _holding(small: nn.Module, path: str, old: int) -> list[Slot]:
+def _holding(small: nn.Module, path: str, old: int, settled: Mapping[str, Mapping[str, Any]]) -> list[Slot]:
     """Where the module at `path` keeps the int `old`: its attributes, else its configs, else the modules around it."""
     while True:
         module = lookup(small, path)
         if isinstance(module, nn.Module):
-            found, settled = list(_ints(vars(module), old)), _by_weights(module)
-            own = [Slot(path, name, index) for name, index in found if name not in settled]
+            found = list(_ints(vars(module), old))
+            own = [Slot(path, name, index) for name, index in found if name not in settled.get(path, ())]
             if len(own) < len(found) and (not own or type(module).__module__.startswith("torch.nn.")):
                 return []
             if not own:

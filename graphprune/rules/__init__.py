@@ -9,7 +9,7 @@ from graphprune.rules.call import Applied, Call, Dims, Fixed, Literal, Replaceme
 from graphprune.rules.contract import CONTRACT
 from graphprune.rules.cut import CUT
 from graphprune.rules.index import INDEX
-from graphprune.rules.norm import NORM
+from graphprune.rules.norm import NORM, left
 from graphprune.rules.pair import PAIR
 from graphprune.rules.pointwise import POINTWISE
 from graphprune.rules.recurrent import RECURRENT
@@ -35,6 +35,7 @@ __all__ = [
     "Rule",
     "find",
     "function",
+    "left",
     "op",
     "table",
 ]

@@ -310,6 +310,13 @@ NORM = [
     ),
 ]
 
+# the direction of a weight norm is left as it is where its scale is zeroed: here it is zeroed too, so that dim is pinned
+NORM += [
+    c(aten._weight_norm.default, signed(5, 3, 7), t(5, 1, 1), free=2),
+    c(aten._weight_norm.default, signed(5, 3, 7), t(1, 1, 7), 2, free=2, note="last"),
+    c(aten._weight_norm.default, signed(5, 3, 7), torch.tensor(2.0, dtype=torch.float64), -1, free=3, note="whole"),
+]
+
 REDUCE = [
     c(aten.sum.dim_IntList, signed(2, 3, 5), [1], free=3),
     c(aten.sum.dim_IntList, signed(2, 3, 5), [-1, 0], True, free=3, note="keepdim"),
