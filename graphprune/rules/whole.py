@@ -22,7 +22,7 @@ _LOSSES = """
     multi_margin_loss multilabel_margin_loss poisson_nll_loss
 """
 _COUNTED = "histc bincount nonzero argwhere masked_select _unique2 unique_consecutive"
-_ORDERED = "take put as_strided cartesian_prod combinations vander cov corrcoef trace affine_grid_generator"
+_ORDERED = "take put as_strided resize_as cartesian_prod combinations vander cov corrcoef trace affine_grid_generator"
 
 
 def whole(reason: str) -> Callable[[Call], Sequence[Dims]]:

@@ -467,6 +467,7 @@ WHOLE = [
     c(aten.unique_consecutive.default, ints(5, 7), free=0),
     c(aten.take.default, t(2, 3), ints(6, 5), free=0),
     c(aten.put.default, t(2, 3), torch.tensor([1, 4]), t(2), free=0),
+    c(aten.resize_as.default, t(2, 3), t(3, 5), free=0),
     c(aten.as_strided.default, t(2, 3), [2, 2], [1, 1], free=0),
     c(aten.cartesian_prod.default, [t(2), t(3)], free=0),
     c(aten.combinations.default, t(3), free=0),
