@@ -17,10 +17,11 @@ from graphprune.rules.reduce import REDUCE
 from graphprune.rules.registry import find, function, op, table
 from graphprune.rules.shape import SHAPE
 from graphprune.rules.space import SPACE
+from graphprune.rules.vision import VISION
 from graphprune.rules.whole import WHOLE
 
 RULES: Mapping[str, Rule] = MappingProxyType(
-    table(CONTRACT, RECURRENT, POINTWISE, NORM, REDUCE, SHAPE, CUT, SPACE, INDEX, PAIR, WHOLE)
+    table(CONTRACT, RECURRENT, POINTWISE, NORM, REDUCE, SHAPE, CUT, SPACE, INDEX, PAIR, WHOLE, VISION)
 )
 """Every rule of the library; extend it with `RULES | op(...)`."""
 

@@ -122,7 +122,7 @@ TABLE: dict[str, Row] = {
     "Linear": row("rows", 8, 5, out=5, free=(8, 5)),
     "Bilinear": row("rows", 8, 8, 5, out=5, free=(8, 5), call=lambda layer, y: layer(y, y.relu())),
     **each("Conv{d}d ConvTranspose{d}d", 8, 6, 2, out=6, free=(8, 6)),
-    "Embedding": row("rows", 7, 8, call=lambda layer, y: layer(torch.arange(4, device=y.device)) + y, norms="prune"),
+    "Embedding": row("rows", 7, 8, call=lambda layer, y: layer(torch.arange(4, device=y.device)) + y),
     "EmbeddingBag": row("rows", 7, 8, call=lambda layer, y: layer(torch.arange(4, device=y.device)[:, None]) + y),
     # lazy layers, after the call that makes them what they are
     "LazyLinear": row("rows", 5, out=5, free=(8, 5)),
