@@ -13,7 +13,7 @@ from graphprune.axes import Atom, Axes, Axis, Pin, Sum
 from graphprune.coupling import Coupling, Exactness, Group, Member, Members, PinnedAxis, Unknown
 from graphprune.errors import InputError, RuleError, TraceError, UnknownName, UnsupportedOp, nearest
 from graphprune.program import Node, Program, Value
-from graphprune.rules import RULES, Applied, Call, Dims, Rule, find
+from graphprune.rules import RULES, Applied, Call, Dims, Rule, find, left
 from graphprune.trace import Inputs, trace
 
 
@@ -102,6 +102,9 @@ class _Builder:
             for d, axis in enumerate(self.dims[value]):
                 self.axes.pin(axis, Pin(f"it reaches dim {d} of the model's input {value.target}"))
 
+        self.left = _left(program)
+        for value, dim in self.left.items():
+            self.zero[value] = tuple(z and d != dim for d, z in enumerate(self.zero[value]))
         by_name = {v.target: v for v in program.state}
         for names in program.overlapping:
             for name in names:
@@ -225,6 +228,7 @@ class _Builder:
             axes=self.axes,
             atoms=atoms,
             again=again,
+            left={value.target: dim for value, dim in self.left.items()},
         )
 
     def _pin_unread(self) -> None:
@@ -267,6 +271,23 @@ class _Builder:
             best = min(range(len(where)), key=lambda i: (where[i].rank, i))
             where.insert(0, where.pop(best))
         return {a: found for a, found in slots.items() if found[0].rank < _BUFFER}
+
+
+def _left(program: Program) -> dict[Value, int]:
+    """Parameters that keep their values along one dim when channels are zeroed: all that read them ask for it."""
+    asked: dict[Value, set[int | None]] = {}
+    for node in program.nodes:
+        found = left(node)
+        for value in node.values():
+            asked.setdefault(value, set()).add(found[1] if found is not None and found[0] is value else None)
+    shown = set(program.outputs)
+    return {
+        value: dim
+        for value, dims in asked.items()
+        if value.kind == "parameter" and value not in shown and len(dims) == 1
+        for dim in dims
+        if dim is not None
+    }
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,8 @@ class Coupling:
         axes: the solved equations.
         atoms: per group name, the atom it is.
         again: couples another program of the same model with the same options.
+        left: per parameter name, the dim along which it is left as it is where channels are zeroed, because another
+            parameter makes the result zero there and the op is not finite without it (the direction of a weight norm).
     """
 
     program: Program
@@ -127,6 +129,7 @@ class Coupling:
     axes: Axes = field(repr=False)
     atoms: Mapping[str, Atom] = field(repr=False)
     again: Callable[[Program], Coupling] = field(repr=False)
+    left: Mapping[str, int] = field(repr=False, default_factory=dict)
 
     def group(self, name: str) -> Group:
         """The group called `name`.

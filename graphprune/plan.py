@@ -27,6 +27,7 @@ class Plan:
         sizes: channels per group name before pruning.
         shapes: shape of every parameter and buffer the plan was made for, by fully qualified name.
         kept: per fully qualified name of each parameter and buffer that shrinks, `{dim: LongTensor of kept positions}`.
+        left: per fully qualified name, the dim along which a parameter is left as it is when the rest is zeroed.
 
     Example:
         >>> import graphprune as gp
@@ -40,6 +41,7 @@ class Plan:
     sizes: Mapping[str, int]
     shapes: Mapping[str, tuple[int, ...]]
     kept: Mapping[str, Mapping[int, torch.Tensor]] = field(compare=False, repr=False)
+    left: Mapping[str, int] = field(compare=False, repr=False, default_factory=dict)
 
     @classmethod
     def of(cls, coupling: Coupling, keep: Mapping[str, Sequence[int]]) -> Plan:
@@ -60,6 +62,10 @@ class Plan:
             sizes={g.name: g.size for g in coupling.groups},
             shapes={v.target: v.shape for v in coupling.program.state if v.target},
             kept=_kept(coupling, groups),
+            left={
+                **coupling.left,
+                **{a: coupling.left[t] for a, t in coupling.program.aliases.items() if t in coupling.left},
+            },
         )
 
     @property
@@ -121,6 +127,7 @@ class Plan:
                 "groups": {name: list(positions) for name, positions in self.groups.items()},
                 "sizes": dict(self.sizes),
                 "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+                "left": dict(self.left),
                 "kept": {n: {str(d): k.tolist() for d, k in dims.items()} for n, dims in self.kept.items()},
             }
         )
@@ -140,6 +147,7 @@ class Plan:
                 groups={name: tuple(positions) for name, positions in data["groups"].items()},
                 sizes=dict(data["sizes"]),
                 shapes={name: tuple(shape) for name, shape in data["shapes"].items()},
+                left={name: int(dim) for name, dim in data.get("left", {}).items()},
                 kept={
                     name: {int(d): torch.tensor(k, dtype=torch.long) for d, k in dims.items()}
                     for name, dims in data["kept"].items()

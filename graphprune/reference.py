@@ -1,5 +1,7 @@
 """What a pruned model must compute: the original with everything zeroed that the plan removes.
 
+The direction of a weight norm stays where its scale is zeroed: a direction of zeros has no norm.
+
 Nothing but the plan is needed for it, unless a renormalised group loses channels: then it is the traced graph in which
 those normalisations see only the kept positions. Also here: the inputs and weights to compare on.
 """
@@ -37,7 +39,8 @@ def zeroed(model: nn.Module, plan: Plan, state: Mapping[str, torch.Tensor] | Non
         if name not in plan.kept:
             continue
         if id(tensor) not in made:
-            made[id(tensor)] = _zero_removed((state or {}).get(name, tensor).detach(), plan.kept[name])
+            kept = {d: positions for d, positions in plan.kept[name].items() if d != plan.left.get(name)}
+            made[id(tensor)] = _zero_removed((state or {}).get(name, tensor).detach(), kept)
         out[name] = made[id(tensor)]
     return out
 

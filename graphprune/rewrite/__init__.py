@@ -64,6 +64,7 @@ def rewrite(
         raise InputError(f"emit={emit!r}; it is 'auto', 'module', 'graft' or 'graph'")
     plan.check(coupling)
     plan.check_model(model)
+    _check_distinct(coupling, plan)
     inputs = Inputs.of(example_inputs)
     reasons: list[str] = []
     if emit in ("auto", "module"):
@@ -83,3 +84,20 @@ def rewrite(
                 raise RewriteError(f"{reasons[0]}\nuse emit='auto' or emit='graph'") from error
     small, limits = emit_graph(model, inputs, coupling, plan)
     return Rewritten(small, "graph", "; ".join(filter(None, (*reasons, limits))))
+
+
+def _check_distinct(coupling: Coupling, plan: Plan) -> None:
+    """Refuse a plan that gives one width to axes which an op tells apart by their sizes.
+
+    Raises:
+        RewriteError: it does; the message names the op.
+    """
+    widths = {coupling.atoms[name]: len(kept) for name, kept in plan.groups.items()}
+    for applied in coupling.applied.values():
+        for distinct in applied.distinct:
+            first, second = (int(coupling.axes.width(axis, widths)) for axis in distinct.axes)
+            if first == second:
+                raise RewriteError(
+                    f"{distinct.reason}, at {applied.node}, and the plan gives both the width {first}; "
+                    "keep more or fewer channels of one of them"
+                )

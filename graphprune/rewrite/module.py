@@ -20,9 +20,9 @@ from torch import nn
 from graphprune.coupling import Coupling
 from graphprune.errors import RewriteError, TraceError
 from graphprune.plan import Plan
-from graphprune.rewrite.state import lookup, replacements
+from graphprune.rewrite.state import lookup, replacements, results
 from graphprune.rules.call import Path
-from graphprune.trace import Inputs, trace
+from graphprune.trace import Inputs, trace, untouched
 
 TRIES = 16
 """How many readings of ambiguous attributes are tried before giving up."""
@@ -89,7 +89,8 @@ class Readings:
 
     def __init__(self, model: nn.Module, coupling: Coupling, plan: Plan) -> None:
         self.small = _copied(model, plan)
-        options, sure, self.changing = _options(self.small, coupling, plan)
+        _refresh(self.small)
+        options, sure, self.changing = _options(self.small, coupling, plan, _settled(self.small))
         self._alike = _alike(options, sure)
         _set_torch_attributes(self.small)
         self.count = math.prod(len(key.values) for key in self._alike)
@@ -120,11 +121,7 @@ def _copied(model: nn.Module, plan: Plan) -> nn.Module:
     Raises:
         RewriteError: the model holds something that cannot be copied.
     """
-    memo: dict[int, Any] = dict(replacements(model, plan))
-    for module in model.modules():
-        for held in vars(module).values():
-            if isinstance(held, torch.Tensor) and not held.is_leaf:
-                memo[id(held)] = held.detach().clone()
+    memo: dict[int, Any] = {**replacements(model, plan), **results(model)}
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
@@ -163,7 +160,7 @@ def _group_norm(m: nn.GroupNorm) -> dict[str, Any]:
     return {} if m.weight is None else {"num_channels": m.weight.shape[0]}
 
 
-def _embedding(m: nn.Embedding) -> dict[str, Any]:
+def _embedding(m: nn.Embedding | nn.EmbeddingBag) -> dict[str, Any]:
     return {"num_embeddings": m.weight.shape[0], "embedding_dim": m.weight.shape[1]}
 
 
@@ -177,6 +174,17 @@ def _encoder_layer(m: nn.TransformerEncoderLayer) -> dict[str, Any]:
     return {} if held is None or held.shape == (3 * width, width) else {"activation_relu_or_gelu": 0}
 
 
+def _rnn(m: nn.RNNBase) -> dict[str, Any]:
+    entering: torch.Tensor = getattr(m, "weight_ih_l0")  # noqa: B009 - made by name in its constructor
+    rows, width = entering.shape
+    sizes = {"input_size": width, "hidden_size": rows // {"LSTM": 4, "GRU": 3}.get(m.mode, 1)}
+    return {**sizes, "proj_size": getattr(m, "weight_hr_l0").shape[0]} if m.proj_size else sizes  # noqa: B009
+
+
+def _rnn_cell(m: nn.RNNCellBase) -> dict[str, Any]:
+    return {"input_size": m.weight_ih.shape[1], "hidden_size": m.weight_hh.shape[1]}
+
+
 _TORCH: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Callable[[Any], dict[str, Any]]], ...] = (
     (nn.Linear, _linear),
     (nn.Bilinear, _bilinear),
@@ -184,26 +192,54 @@ _TORCH: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Callable[[Any
     (nn.modules.batchnorm._NormBase, _norm),
     ((nn.LayerNorm, nn.RMSNorm), _layer_norm),
     (nn.GroupNorm, _group_norm),
-    (nn.Embedding, _embedding),
+    ((nn.Embedding, nn.EmbeddingBag), _embedding),
     (nn.PReLU, _prelu),
     (nn.TransformerEncoderLayer, _encoder_layer),
+    (nn.RNNBase, _rnn),
+    (nn.RNNCellBase, _rnn_cell),
 )
+
+
+def _refresh(model: nn.Module) -> None:
+    """Bring weights that hooks of torch.nn.utils compute before each forward in line with what they come from."""
+    for module in model.modules():
+        training, module.training = module.training, False
+        for hook in module._forward_pre_hooks.values():
+            if type(hook).__module__.startswith("torch.nn.utils."):
+                with torch.no_grad():
+                    hook(module, ())
+        module.training = training
+
+
+def _settled(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Per path of a torch.nn module, its size attributes as its weights say; reading those may move buffers."""
+    with untouched(model), torch.no_grad():
+        return {path: _by_weights(module) for path, module in model.named_modules(remove_duplicate=False)}
+
+
+def _by_weights(module: nn.Module) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for kind, attributes in _TORCH:
+        if isinstance(module, kind):
+            found.update(attributes(module))
+    return found
 
 
 def _set_torch_attributes(model: nn.Module) -> None:
     """Bring the size attributes of torch.nn modules in line with their weights."""
-    for module in model.modules():
-        for kind, attributes in _TORCH:
-            if isinstance(module, kind):
-                for name, value in attributes(module).items():
-                    if hasattr(module, name) and getattr(module, name) != value:
-                        setattr(module, name, value)
+    settled = _settled(model)
+    for path, module in model.named_modules():
+        for name, value in settled[path].items():
+            if hasattr(module, name) and getattr(module, name) != value:
+                setattr(module, name, value)
 
 
 # -- attributes of everything else -------------------------------------------------------------------------------
 
 
-def _options(small: nn.Module, coupling: Coupling, plan: Plan) -> tuple[dict[Slot, list[int]], set[Slot], list[str]]:
+def _options(
+    small: nn.Module, coupling: Coupling, plan: Plan, settled: Mapping[str, Mapping[str, Any]]
+) -> tuple[dict[Slot, list[int]], set[Slot], list[str]]:
     """What may have to change.
 
     Returns:
@@ -225,7 +261,7 @@ def _options(small: nn.Module, coupling: Coupling, plan: Plan) -> tuple[dict[Slo
             old, new = literal.axis.size, coupling.axes.width(literal.axis, keep, memo)
             if old != new and not _set_argument(lookup(small, path), literal.path, old, new):
                 changing[path] = None
-                found = _holding(small, path, old)
+                found = _holding(small, path, old, settled)
                 for slot in found:
                     options.setdefault(slot, []).append(new)
                 own = [slot for slot in found if slot.module == path and slot.config is None]
@@ -256,12 +292,15 @@ def _set_argument(module: Any, path: Path, old: int, new: int) -> bool:
     return False
 
 
-def _holding(small: nn.Module, path: str, old: int) -> list[Slot]:
+def _holding(small: nn.Module, path: str, old: int, settled: Mapping[str, Mapping[str, Any]]) -> list[Slot]:
     """Where the module at `path` keeps the int `old`: its attributes, else its configs, else the modules around it."""
     while True:
         module = lookup(small, path)
         if isinstance(module, nn.Module):
-            own = [Slot(path, name, index) for name, index in _ints(vars(module), old)]
+            found = list(_ints(vars(module), old))
+            own = [Slot(path, name, index) for name, index in found if name not in settled.get(path, ())]
+            if len(own) < len(found) and (not own or type(module).__module__.startswith("torch.nn.")):
+                return []
             if not own:
                 own = [
                     Slot(path, name, index, config)

@@ -10,13 +10,17 @@ import torch
 from torch import fx, nn
 
 from graphprune.rewrite.graft import retold, source_of
+from graphprune.rewrite.state import results
 
 
 def copied(module: nn.Module) -> nn.Module:
-    """A deep copy."""
+    """A copy to compare with, in eval mode: casting may compute weights anew, which in training moves buffers."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, on copying the signature of a graph module
-        return copy.deepcopy(module)
+        made = copy.deepcopy(module, dict(results(module)))
+    for part in made.modules():
+        part.training = False
+    return made
 
 
 def raised(module: nn.Module) -> nn.Module:

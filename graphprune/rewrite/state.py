@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from graphprune.plan import Plan, sliced
 
@@ -33,6 +34,12 @@ def replacements(model: nn.Module, plan: Plan) -> dict[int, torch.Tensor]:
         if id(tensor) not in new:
             new[id(tensor)] = smaller(tensor, name, plan)
     return new
+
+
+def results(model: nn.Module) -> dict[int, torch.Tensor]:
+    """Copies of what `model` keeps of earlier forwards, by id, without the graph that would forbid copying it."""
+    kept = pytree.tree_leaves([list(vars(module).values()) for module in model.modules()])
+    return {id(t): t.detach().clone() for t in kept if isinstance(t, torch.Tensor) and not t.is_leaf}
 
 
 def _attributes(model: nn.Module, plan: Plan) -> Iterator[tuple[str, torch.Tensor]]:

@@ -196,6 +196,7 @@ _FLAGS = {
     "aten::alpha_dropout": "train",
     "aten::alpha_dropout_": "train",
     "aten::batch_norm": "training",
+    **dict.fromkeys(("aten::lstm", "aten::gru", "aten::rnn_tanh", "aten::rnn_relu"), "train"),
 }
 
 

@@ -9,14 +9,20 @@ from graphprune.rules.call import Applied, Call, Dims, Fixed, Literal, Replaceme
 from graphprune.rules.contract import CONTRACT
 from graphprune.rules.cut import CUT
 from graphprune.rules.index import INDEX
-from graphprune.rules.norm import NORM
+from graphprune.rules.norm import NORM, left
+from graphprune.rules.pair import PAIR
 from graphprune.rules.pointwise import POINTWISE
+from graphprune.rules.recurrent import RECURRENT
 from graphprune.rules.reduce import REDUCE
 from graphprune.rules.registry import find, function, op, table
 from graphprune.rules.shape import SHAPE
 from graphprune.rules.space import SPACE
+from graphprune.rules.vision import VISION
+from graphprune.rules.whole import WHOLE
 
-RULES: Mapping[str, Rule] = MappingProxyType(table(CONTRACT, POINTWISE, NORM, REDUCE, SHAPE, CUT, SPACE, INDEX))
+RULES: Mapping[str, Rule] = MappingProxyType(
+    table(CONTRACT, RECURRENT, POINTWISE, NORM, REDUCE, SHAPE, CUT, SPACE, INDEX, PAIR, WHOLE, VISION)
+)
 """Every rule of the library; extend it with `RULES | op(...)`."""
 
 __all__ = [
@@ -30,6 +36,7 @@ __all__ = [
     "Rule",
     "find",
     "function",
+    "left",
     "op",
     "table",
 ]

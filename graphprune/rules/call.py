@@ -54,6 +54,14 @@ class Replacement:
 
 
 @dataclass(frozen=True)
+class Distinct:
+    """Two axes whose widths must stay different, and why."""
+
+    axes: tuple[Axis, Axis]
+    reason: str
+
+
+@dataclass(frozen=True)
 class Applied:
     """What a rule said about one node.
 
@@ -68,6 +76,7 @@ class Applied:
         renormalised: axes over which the op takes statistics.
         macs: products of axes (with a constant), their sum being the multiply-adds of the op.
         zero: per output and dim, whether the removed positions hold zeros in the zeroed original.
+        distinct: axes that may shrink, but not to one width.
     """
 
     node: Node
@@ -80,6 +89,7 @@ class Applied:
     renormalised: tuple[Axis, ...] = ()
     macs: tuple[tuple[Axis, ...], ...] = ()
     zero: tuple[tuple[bool, ...], ...] = ()
+    distinct: tuple[Distinct, ...] = ()
 
 
 class Rule(Protocol):
@@ -111,6 +121,7 @@ class Call:
         self.macs: list[tuple[Axis, ...]] = []
         self.ties: list[tuple[tuple[int, int], ...]] = []
         self.zero: list[tuple[bool, ...]] | None = None
+        self.distinct: list[Distinct] = []
 
     def __getitem__(self, name: str) -> Any:
         """The argument called `name` in the op's schema; None where the overload has none of that name."""
@@ -175,6 +186,10 @@ class Call:
         """State the value of an argument that is left to a default, for when `axis` changes."""
         self.fixed.append(Fixed(argument, value, axis))
 
+    def differ(self, a: Axis, b: Axis, reason: str) -> None:
+        """State that two axes must not shrink to one width, because of `reason`."""
+        self.distinct.append(Distinct((a, b), reason))
+
     def tie(self, *places: tuple[int, int]) -> None:
         """State which (operand or output, dim) slots the op makes one index set, for explanations."""
         self.ties.append(places)
@@ -193,6 +208,7 @@ class Call:
             renormalised=tuple(self.renormalised),
             macs=tuple(self.macs),
             zero=tuple(zero),
+            distinct=tuple(self.distinct),
         )
 
 

@@ -63,17 +63,22 @@ def matmul(call: Call) -> Sequence[Dims]:
     return _MATMUL[min(left, 2), min(right, 2)](call)
 
 
-_ADDED = {"addmm": "m n", "baddbmm": "b m n"}
+_ADDED = {
+    "addmm": ("m k, k n -> m n", "m n k"),
+    "baddbmm": ("b m k, b k n -> b m n", "b m k n"),
+    "addbmm": ("b m k, b k n -> m n", "b m k n"),
+    "addmv": ("m k, k -> m", "m k"),
+    "addr": ("m, n -> m n", "m n"),
+}
 
 
-@function("addmm baddbmm")
+@function("addmm baddbmm addbmm addmv addr")
 def added(call: Call) -> Sequence[Dims]:
     """A matrix product on top of a tensor that is broadcast to it."""
-    letters = _ADDED[call.node.op.removesuffix("_")].split()
-    rank = len(call.dims(call["self"]))
-    batch = " ".join(letters[:-2])
-    text = f"{' '.join(letters[len(letters) - rank :])}, {batch} m k, {batch} k n -> {batch} m n"
-    return rule(text, macs=f"{batch} m k n", zero="a + b*c")(call)
+    product, macs = _ADDED[call.node.op.removesuffix("_")]
+    letters = product.partition("-> ")[2].split()
+    start = " ".join(letters[len(letters) - len(call.dims(call["self"])) :])
+    return rule(f"{start}, {product}", macs=macs, zero="a + b*c", summand="b*c")(call)
 
 
 @function("scaled_dot_product_attention")
@@ -84,6 +89,19 @@ def attention(call: Call) -> Sequence[Dims]:
     if call["enable_gqa"] and heads != kept:
         return _GROUPED_QUERY(call, h=kept)
     return _SDPA(call)
+
+
+@function("embedding_bag")
+def embedding_bag(call: Call) -> Sequence[Dims]:
+    """Rows of a table, added, averaged or compared feature by feature; the rows stay whole."""
+    rows, features = call.dims(call["weight"])
+    for axis in (rows, *(a for v in list(call.node.values())[1:] for a in call.dims(v))):
+        call.pin(axis, "embedding_bag looks up and divides its positions")
+    bags, *others = (v.shape for v in call.node.outputs)
+    wide = [tuple(features if n == features.size and k else call.pinned(n, "embedding_bag makes it")
+                  for k, n in enumerate(shape)) for shape in others]  # fmt: skip
+    call.zero = [(False, call.zeros(call["weight"])[1]), *(tuple(False for _ in shape) for shape in others)]
+    return [(call.pinned(bags[0], "embedding_bag makes it"), features), *wide]
 
 
 @function("_grouped_mm transformers.grouped_mm_fallback")

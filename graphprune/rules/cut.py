@@ -14,18 +14,44 @@ from graphprune.rules.shape import as_int, straight
 def cat(call: Call) -> Sequence[Dims]:
     """Tensors one after the other along a dim."""
     tensors = [v for v in call["tensors"] if v.shape != (0,)]
-    rank = len(tensors[0].shape)
-    dim = call["dim"] % rank
-    dims = [call.dims(v) for v in tensors]
-    out = list(dims[0])
+    dim = call["dim"] % len(tensors[0].shape)
+    return _joined(call, [call.dims(v) for v in tensors], [call.zeros(v) for v in tensors], dim)
+
+
+def _joined(call: Call, dims: Sequence[Dims], zeros: Sequence[tuple[bool, ...]], dim: int) -> Sequence[Dims]:
+    rank, out = len(dims[0]), list(dims[0])
     for d in range(rank):
         if d != dim:
             for axis in dict.fromkeys(call.axes.find(other[d]) for other in dims[1:]):
                 out[d] = call.unify(out[d], axis)
     out[dim] = Sum(*(d[dim] for d in dims)) if len(dims) > 1 else dims[0][dim]
-    zeros = [call.zeros(v) for v in tensors]
     call.zero = [tuple(all(z[d] for z in zeros) for d in range(rank))]
     return [tuple(out)]
+
+
+_STACKED = {
+    "hstack": (1, 1, 0),
+    "vstack": (2, 0, 0),
+    "row_stack": (2, 0, 0),
+    "dstack": (3, 2, 1),
+    "column_stack": (2, 1, 1),
+}
+"""Per op: how many dims at least, along which it joins, and how many of the new ones come after those of a vector."""
+
+
+@function(" ".join(_STACKED))
+def stacked(call: Call) -> Sequence[Dims]:
+    """A concatenation of tensors that are given more dims first."""
+    least, dim, behind = _STACKED[call.node.op]
+    dims: list[Dims] = []
+    zeros: list[tuple[bool, ...]] = []
+    for value in call["tensors"]:
+        short = max(0, least - len(value.shape))
+        after = min(short, behind)
+        before = short - after
+        dims.append((*[Atom(1)] * before, *call.dims(value), *[Atom(1)] * after))
+        zeros.append((*[False] * before, *call.zeros(value), *[False] * after))
+    return _joined(call, dims, zeros, min(dim, len(dims[0]) - 1))
 
 
 @function("stack")
@@ -58,10 +84,15 @@ def _split(call: Call, dim: int, parts: Sequence[Axis]) -> Sequence[Dims]:
     return [tuple(p if d == dim else a for d, a in enumerate(dims)) for p in parts]
 
 
-@function("chunk split tensor_split unsafe_chunk unsafe_split split_with_sizes unsafe_split_with_sizes")
+_SPLIT_DIM = {"hsplit": 1, "vsplit": 0, "dsplit": 2}
+
+
+@function(
+    "chunk split tensor_split unsafe_chunk unsafe_split split_with_sizes unsafe_split_with_sizes hsplit vsplit dsplit"
+)
 def split(call: Call) -> Sequence[Dims]:
     """A dim cut into runs. Equal runs need not stay equal: then the sizes are stated instead of their number."""
-    dim = call.dim()
+    dim = min(_SPLIT_DIM[call.node.op], len(call.shape) - 1) if call.node.op in _SPLIT_DIM else call.dim()
     parts: list[Axis] = [Atom(v.shape[dim]) for v in call.node.outputs]
     outputs = _split(call, dim, parts)
     parts = [out[dim] for out in outputs]
@@ -199,6 +230,16 @@ def _pinned_along(names: str, reason: str) -> Callable[[Call], Sequence[Dims]]:
         return [dims]
 
     return apply
+
+
+@function("fliplr flipud")
+def flip_one(call: Call) -> Sequence[Dims]:
+    """One dim reversed."""
+    dims, dim = call.dims(call.first), int(call.node.op == "fliplr")
+    call.pin(dims[dim], f"{call.node.op} reverses it")
+    straight(call, [(d, d) for d in range(len(dims)) if d != dim])
+    call.zero = [call.zeros(call.first)]
+    return [dims]
 
 
 @function("unfold")

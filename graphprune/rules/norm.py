@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from graphprune.program import Node, Value
 from graphprune.rules.call import Call, Dims
 from graphprune.rules.registry import function, op, table
 from graphprune.rules.text import rule
@@ -24,6 +25,35 @@ def batch_norm(call: Call) -> Sequence[Dims]:
 def instance_norm(call: Call) -> Sequence[Dims]:
     """Like batch_norm, with the statistics of each map on its own."""
     return (_OF_MAP if call["use_input_stats"] else _STORED)(call)
+
+
+@function("_weight_norm")
+def weight_norm(call: Call) -> Sequence[Dims]:
+    """`v` scaled to the norm `g` over all dims but one: zeros add nothing to a norm, but a row of zeros has none."""
+    v, g, dim = call["v"], call["g"], call["dim"]
+    dims, zeros, flags = list(call.dims(v)), call.zeros(v), []
+    for d, axis in enumerate(dims):
+        if d == dim:
+            dims[d] = call.unify(axis, call.dims(g)[d])
+            if zeros[d]:
+                call.pin(axis, "_weight_norm is not finite where its direction is zero")
+        elif not zeros[d]:
+            call.pin(axis, "_weight_norm sums over it, and its removed channels are not zero there")
+        flags.append(call.zeros(g)[d] if d == dim else zeros[d])
+        call.tie((0, d), *([(1, d)] if d == dim else []), (2, d))
+    call.zero = [tuple(flags)]
+    return [tuple(dims)]
+
+
+def left(node: Node) -> tuple[Value, int] | None:
+    """The operand of a node, and the dim of it, that must not be zeroed where channels are removed.
+
+    The direction of a weight norm is such: its scale makes the result zero, and without a norm there is none.
+    """
+    value = node.arguments.get("v")
+    if node.op != "_weight_norm" or not isinstance(value, Value) or node.arguments["dim"] < 0:
+        return None
+    return value, node.arguments["dim"]
 
 
 NORM = table(

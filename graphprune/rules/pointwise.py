@@ -17,12 +17,13 @@ ZERO_TO_ZERO = """
     dropout feature_dropout alpha_dropout feature_alpha_dropout
     clone contiguous alias detach to _to_copy lift_fresh_copy lift_fresh type_as nan_to_num positive real conj
     resolve_conj resolve_neg deg2rad rad2deg hardshrink softshrink isnan isinf
+    arcsin arctan arcsinh arctanh fix signbit angle imag special_erf special_expm1 special_log1p special_entr
 """
 NOT_ZERO = """
     sigmoid hardsigmoid log_sigmoid exp exp2 softplus cos cosh acos erfc logical_not bitwise_not isfinite
-    ones_like full_like empty_like special_expit
+    ones_like full_like empty_like special_expit arccos i0 sinc special_i0 special_sinc special_erfc
 """
-SINGULAR = "log log2 log10 logit reciprocal rsqrt digamma lgamma acosh"
+SINGULAR = "log log2 log10 logit reciprocal rsqrt digamma lgamma acosh arccosh polygamma"
 
 _ZERO = rule("*s -> *s", zero="a")
 _NOT_ZERO = rule("*s -> *s", zero="1")
@@ -41,6 +42,14 @@ _BINARY = {
     "copysign": "a",
     "hypot": "a + b",
     "atan2": "1",
+    "arctan2": "1",
+    "logaddexp": "1",
+    "logaddexp2": "1",
+    "heaviside": "a + b",
+    "ldexp": "a",
+    "isclose": "1",
+    "complex": "a + b",
+    "polar": "a",
     "logical_and": "a*b",
     "logical_or": "a + b",
     "logical_xor": "a + b",
@@ -96,6 +105,14 @@ def quotient(call: Call) -> Sequence[Dims]:
     return _QUOTIENT(call)
 
 
+@function("xlogy special_xlogy")
+def times_logarithm(call: Call) -> Sequence[Dims]:
+    """A * log(b)."""
+    if isinstance(call["other"], Value):
+        _not_finite(call)
+    return _QUOTIENT(call)
+
+
 @function("addcdiv")
 def plus_quotient(call: Call) -> Sequence[Dims]:
     """A + b / c."""
@@ -103,7 +120,7 @@ def plus_quotient(call: Call) -> Sequence[Dims]:
     return _PLUS_QUOTIENT(call)
 
 
-@function("pow")
+@function("pow float_power")
 def power(call: Call) -> Sequence[Dims]:
     """0 ** p is 0 for a positive number p, and not finite for a negative one."""
     if isinstance(call["exponent"], Value):
@@ -127,6 +144,15 @@ def clamp(call: Call) -> Sequence[Dims]:
     return (_ZERO if _number(low, 0.0) <= 0 <= _number(high, 0.0) else _NOT_ZERO)(call)
 
 
+@function("prelu")
+def prelu(call: Call) -> Sequence[Dims]:
+    """One slope per channel; without a channel dim there is one slope."""
+    return (_SLOPES if len(call.shape) > 1 else _SLOPE)(call)
+
+
+_SLOPES, _SLOPE = rule("b c *s, c -> b c *s", zero="a"), rule("*s, w! -> *s", zero="a")
+
+
 @function("masked_fill")
 def masked_fill(call: Call) -> Sequence[Dims]:
     """The mask lies over the tensor; filling with anything but 0 leaves no zeros behind."""
@@ -143,7 +169,6 @@ POINTWISE = table(
     op("addcmul", "*s, *s, *s -> *s", zero="a + b*c"),
     op("native_dropout", "*s -> *s, *s", zero="a"),
     op("lerp", "*s, *s, *s? -> *s", zero="a + b"),
-    op("prelu", "b c *s, c -> b c *s", zero="a"),
     op("threshold", _if(lambda call: _number(call["threshold"], -1.0) >= 0 and call["value"] == 0)),
     op("fill", _if(lambda call: call["value"] == 0)),
     op("zero zeros_like", "*s -> *s", zero=""),

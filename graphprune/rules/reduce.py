@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from graphprune.axes import Atom, Axis
+from graphprune.program import Value
 from graphprune.rules.call import Call, Dims
 from graphprune.rules.registry import function, op, table
 from graphprune.rules.text import rule
@@ -62,12 +63,12 @@ def _reduce(along: Along, zeros_stay: Sequence[bool] = (True,)) -> Callable[[Cal
     return apply
 
 
-def _scan(zeros_stay: bool) -> Callable[[Call], Sequence[Dims]]:
+def _scan(zeros_stay: bool, otherwise: int = -1) -> Callable[[Call], Sequence[Dims]]:
     """A rule for ops that need every position along one dim and keep the shape (or shorten that dim, as topk)."""
 
     def apply(call: Call) -> Sequence[Dims]:
         dims, zeros = call.dims(call.first), call.zeros(call.first)
-        along = call.dim() if call.has("dim") and dims else len(dims) - 1
+        along = call.dim() if call.has("dim") and dims else otherwise % max(1, len(dims))
         outputs = []
         for value in call.node.outputs:
             out = list(dims)
@@ -96,23 +97,75 @@ def extreme(call: Call) -> Sequence[Dims]:
     return _reduce(_whole, (True, False))(call)
 
 
-@function("linalg_vector_norm norm")
+@function("linalg_vector_norm norm linalg_norm linalg_matrix_norm frobenius_norm")
 def norm(call: Call) -> Sequence[Dims]:
-    """A norm is a sum of powers: zeros do not change it, unless its order is not positive."""
+    """A norm is a sum of powers: zeros do not change it, unless its order is not positive; matrix norms solve."""
     order = call["ord"] if call.has("ord") else call["p"]
-    positive = order is None or (isinstance(order, (int, float)) and order > 0)
-    return _reduce(_sum if positive else _whole)(call)
+    positive = order in (None, "fro") or (isinstance(order, (int, float)) and order > 0)
+    dims = _dims(call, len(call.dims(call.first)))
+    of_matrix = call.node.op.startswith("linalg_") and call.node.op != "linalg_vector_norm" and len(dims) == 2
+    return _reduce(_sum if positive and not (of_matrix and order not in (None, "fro")) else _whole)(call)
+
+
+@function("renorm")
+def renorm(call: Call) -> Sequence[Dims]:
+    """Each slice along a dim is scaled down to a largest norm over all the others."""
+    dims, zeros, dim = call.dims(call.first), call.zeros(call.first), call.dim()
+    for d, axis in enumerate(dims):
+        if d != dim:
+            _sum(call, axis, zeros[d])
+        call.tie((0, d), (1, d))
+    call.zero = [zeros]
+    return [dims]
+
+
+@function("quantile nanquantile")
+def quantile(call: Call) -> Sequence[Dims]:
+    """Order statistics along a dim; several of them are listed in a new dim in front."""
+    listed = isinstance(call["q"], Value) and len(call["q"].shape) == 1
+    shape = call.shape[1:] if listed else call.shape
+    dims = call.dims(call.first)
+    gone = _dims(call, len(dims))
+    for d in gone:
+        _whole(call, dims[d], False)
+    keepdim = len(shape) == len(dims)
+    kept = [Atom(1) if d in gone else a for d, a in enumerate(dims) if keepdim or d not in gone]
+    if listed:
+        call.pin(call.dims(call["q"])[0], "quantile lists them")
+        kept = [call.pinned(call.shape[0], "quantile lists them"), *kept]
+    return [tuple(kept)]
+
+
+@function("sum_to_size")
+def sum_to_size(call: Call) -> Sequence[Dims]:
+    """What an expansion repeated is added up again."""
+    dims, zeros, shape = call.dims(call.first), call.zeros(call.first), call.shape
+    extra, out, flags = len(dims) - len(shape), [], []
+    for d, axis in enumerate(dims):
+        gone = d < extra or shape[d - extra] != axis.size
+        if gone:
+            _sum(call, axis, zeros[d])
+        if d >= extra:
+            out.append(Atom(1) if gone else axis)
+            flags.append(zeros[d] and not gone)
+            call.literal(out[-1], "size", d - extra)
+    call.zero = [tuple(flags)]
+    return [tuple(out)]
 
 
 REDUCE = table(
-    op("sum", _reduce(_sum)),
-    op("mean", _reduce(_statistic)),
+    op("sum nansum", _reduce(_sum)),
+    op("mean nanmean", _reduce(_statistic)),
     op("var std", _reduce(_statistic)),
     op("var_mean std_mean", _reduce(_statistic, (True, True))),
     op("any", _reduce(_sum)),
     op("count_nonzero", _reduce(_sum)),
-    op("all prod argmax argmin logsumexp median nanmedian mode", _reduce(_whole, (False,))),
+    op(
+        "all prod argmax argmin logsumexp median nanmedian mode aminmax kthvalue nuclear_norm",
+        _reduce(_whole, (False,)),
+    ),
     op("softmax log_softmax _softmax _log_softmax cumprod argsort logcumsumexp", _scan(zeros_stay=False)),
     op("cumsum cummax cummin sort topk", _scan(zeros_stay=True)),
+    op("msort", _scan(zeros_stay=True, otherwise=0)),
     module=globals(),
 )

@@ -117,7 +117,7 @@ def permute(call: Call) -> Sequence[Dims]:
     return _permuted(call, [d % rank for d in call["dims"]])
 
 
-@function("transpose swapaxes swapdims t numpy_T mT mH adjoint")
+@function("transpose swapaxes swapdims t numpy_T mT mH matrix_H adjoint")
 def transpose(call: Call) -> Sequence[Dims]:
     """Two dims swapped; by default the last two."""
     rank = len(call.dims(call.first))
@@ -193,20 +193,83 @@ def repeat(call: Call) -> Sequence[Dims]:
 
 @function("repeat_interleave")
 def repeat_interleave(call: Call) -> Sequence[Dims]:
-    """Each position repeated in place: positions first, then copies.
-
-    Raises:
-        RuleError: this overload has no rule.
-    """
+    """Each position repeated in place: positions first, then copies."""
     times = as_int(call["repeats"])
-    if times is None or call["dim"] is None:
-        raise RuleError(f"repeat_interleave with a tensor of counts, or over all dims, has no rule, in {call.node}")
-    dims, zeros, dim = call.dims(call.first), call.zeros(call.first), call.dim()
+    dims, zeros = call.dims(call.first), call.zeros(call.first)
+    if times is None or not call.has("self"):
+        return _by_counts(call)
     copies = Atom(times)
     call.literal(copies, "repeats")
+    if call["dim"] is None:
+        call.zero = [(False,)]
+        return [(Prod(*dims, copies),)]
+    dim = call.dim()
     straight(call, [(d, d) for d in range(len(dims))])
     call.zero = [tuple(z and d != dim for d, z in enumerate(zeros))]
     return [tuple(Prod(a, copies) if d == dim else a for d, a in enumerate(dims))]
+
+
+def _by_counts(call: Call) -> Sequence[Dims]:
+    """Each position repeated as often as a tensor says: the dim stays whole."""
+    counts = call["repeats"]
+    dims, zeros = (call.dims(call["self"]), call.zeros(call["self"])) if call.has("self") else ((), ())
+    dim = call["dim"] % len(dims) if dims and call["dim"] is not None else None
+    for axis in (*call.dims(counts), *(a for d, a in enumerate(dims) if dim in (None, d))):
+        call.pin(axis, "repeat_interleave counts along it")
+    made = call.pinned(call.shape[dim or 0], "repeat_interleave counts along it")
+    if dim is None:
+        return [(made,)]
+    straight(call, [(d, d) for d in range(len(dims)) if d != dim])
+    call.zero = [tuple(z and d != dim for d, z in enumerate(zeros))]
+    return [tuple(made if d == dim else a for d, a in enumerate(dims))]
+
+
+@function("broadcast_tensors")
+def broadcast_tensors(call: Call) -> Sequence[Dims]:
+    """Every tensor expanded to the shape they have together."""
+    values, rank = list(call["tensors"]), len(call.shape)
+    common: list[Axis] = [Atom(1)] * rank
+    for value in values:
+        for k, axis in enumerate(reversed(call.dims(value)), start=1):
+            common[-k] = call.unify(common[-k], axis)
+    wide = [[v.shape[d] > 1 if -d <= len(v.shape) else False for d in range(-rank, 0)] for v in values]
+    call.zero = [
+        tuple(w and call.zeros(v)[d] for d, w in zip(range(-rank, 0), ws, strict=True))
+        for v, ws in zip(values, wide, strict=True)
+    ]
+    return [tuple(common) for _ in values]
+
+
+@function("diagonal diag_embed diag")
+def diagonal(call: Call) -> Sequence[Dims]:
+    """The diagonal of two dims, or a vector as a diagonal: of a square both dims are one index set."""
+    dims, zeros = list(call.dims(call.first)), list(call.zeros(call.first))
+    embeds = call.node.op == "diag_embed" or len(dims) == 1
+    rank = len(dims) + embeds
+    first, second = ((call[n] if call.has(n) else d) % rank for n, d in (("dim1", 0), ("dim2", 1)))
+    shift = call["offset"] if call.has("offset") else call["diagonal"]
+    if embeds:
+        axis, zero = dims.pop(), zeros.pop()
+        pair = [axis, axis]
+        if shift:
+            call.pin(axis, f"{call.node.op} shifts it")
+            pair = [call.pinned(axis.size + abs(shift), f"{call.node.op} makes it") for _ in range(2)]
+        for d, side in sorted(zip((first, second), pair, strict=True), key=lambda p: p[0]):
+            dims.insert(d, side)
+            zeros.insert(d, zero and not shift)
+    else:
+        a, b, zero = dims[first], dims[second], zeros[first] or zeros[second]
+        made: Axis = a
+        if shift or a.size != b.size:
+            call.pin(a, f"{call.node.op} shifts it")
+            call.pin(b, f"{call.node.op} shifts it")
+            made, zero = call.pinned(call.shape[-1], f"{call.node.op} makes it"), False
+        else:
+            call.axes.unify(a, b, call.node)
+        dims = [axis for d, axis in enumerate(dims) if d not in (first, second)] + [made]
+        zeros = [z for d, z in enumerate(zeros) if d not in (first, second)] + [zero]
+    call.zero = [tuple(zeros)]
+    return [tuple(dims)]
 
 
 # -- making ------------------------------------------------------------------------------------------------------
@@ -226,10 +289,14 @@ def _filled(zero: bool) -> Callable[[Call], Sequence[Dims]]:
 
 @function(
     "arange linspace logspace eye rand randn randint randperm "
-    "rand_like randn_like randint_like bernoulli multinomial bartlett_window hann_window scalar_tensor"
+    "bartlett_window hann_window hamming_window blackman_window kaiser_window scalar_tensor tril_indices triu_indices "
+    "rand_like randn_like randint_like bernoulli multinomial normal exponential uniform poisson"
 )
 def positions(call: Call) -> Sequence[Dims]:
-    """Tensors whose positions mean something."""
+    """Tensors whose positions mean something; what is drawn for every position would be another with fewer of them."""
+    for value in call.node.values():
+        for axis in call.dims(value):
+            call.pin(axis, f"{call.node.op} draws for every position of it")
     return [tuple(call.pinned(size, f"{call.node.op} makes it") for size in v.shape) for v in call.node.outputs]
 
 

@@ -49,6 +49,12 @@ SPACE = table(
     op("pixel_shuffle", "*b (c r! s!) x! y! -> *b c u! v!", r="upscale_factor", s="upscale_factor", zero="a"),
     op("pixel_unshuffle", "*b c x! y! -> *b (c r! s!) u! v!", r="downscale_factor", s="downscale_factor", zero="a"),
     op("channel_shuffle native_channel_shuffle", "b (g c) *s -> b (c g) *s", g="groups", zero="a"),
+    op("max_unpool2d", "*b x! y!, *b x! y! -> *b u! v!", zero="a"),
+    op("max_unpool3d", "*b x! y! z!, *b x! y! z! -> *b u! v! w!", zero="a"),
+    op("fractional_max_pool2d", "b c x! y!, b c k! -> b c u! v!, b c u! v!", zero="a"),
+    op("fractional_max_pool3d", "b c x! y! z!, b c k! -> b c u! v! w!, b c u! v! w!", zero="a"),
+    op("view_as_complex", "*b k! -> *b", zero="a"),
+    op("view_as_real", "*b -> *b k!", zero="a"),
     op("im2col", "*b c x! y! -> *b (c k!) l!", zero="a"),
     module=globals(),
 )

@@ -1,57 +1,18 @@
-"""One call or more for every op that has a rule, and how many axes the rule must leave free.
-
-Sizes are pairwise different, so that a swapped letter cannot hide.
-"""
+"""One call or more for every op that has a rule: element by element, contractions, normalisation, reductions."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import transformers.integrations.moe  # noqa: F401 - defines an op
 
 from graphprune.rules.pointwise import NOT_ZERO, SINGULAR, ZERO_TO_ZERO
+from tests.rules.case import Case, c, ints, signed, t
+from tests.rules.cases_shape import INDEX, SHAPE, SPACE
+from tests.rules.cases_whole import PAIR, VISION, WHOLE
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Case:
-    op: Any
-    args: tuple[Any, ...]
-    free: int
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    note: str = ""
-
-    @property
-    def name(self) -> str:
-        namespace, _, base = str(self.op._schema.name).partition("::")
-        return base if namespace == "aten" else f"{namespace}.{base}"
-
-    @property
-    def label(self) -> str:
-        return (
-            f"{self.op._schema.name.partition('::')[2]}.{self.op._overloadname}{'-' + self.note if self.note else ''}"
-        )
-
-
-def t(*shape: int, seed: int = 0) -> torch.Tensor:
-    """Random float64 values in (0.1, 0.9), where every function is defined."""
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.rand(shape, generator=generator, dtype=torch.float64) * 0.8 + 0.1
-
-
-def signed(*shape: int) -> torch.Tensor:
-    return t(*shape) - 0.5
-
-
-def ints(high: int, *shape: int) -> torch.Tensor:
-    return torch.randint(0, high, shape, generator=torch.Generator().manual_seed(0))
-
-
-def c(op: Any, *args: Any, free: int, note: str = "", **kwargs: Any) -> Case:
-    return Case(op, args, free, kwargs, note)
 
 
 def _unary(name: str) -> Case:
@@ -59,8 +20,11 @@ def _unary(name: str) -> Case:
     op = overloads.default if "default" in overloads.overloads() else getattr(overloads, overloads.overloads()[0])
     if name in ("bitwise_not", "logical_not"):
         return c(op, t(2, 3, 5) > 0.5, free=3)
-    x = t(2, 3, 5) + (1 if name == "acosh" else 0)
+    x = t(2, 3, 5) + (1 if name in ("acosh", "arccosh") else 0)
     extra = _EXTRA.get(name, ())
+    if name == "polygamma":
+        return c(op, 1, x, free=0)
+    x = torch.complex(x, x) if name == "imag" else x
     return Case(op, (x, *extra), free=0 if name in SINGULAR.split() else 3)
 
 
@@ -82,12 +46,16 @@ VALUELESS = {"rand_like", "randn_like", "empty_like", "empty", "new_empty", "emp
     "randint_like",
     "bernoulli",
     "multinomial",
+    "normal",
+    "exponential",
+    "uniform",
+    "poisson",
 }
 
 UNARY = [_unary(n) for n in f"{ZERO_TO_ZERO} {NOT_ZERO} {SINGULAR}".split() if n not in VALUELESS]
 
-_FLOAT_PAIRS = "add sub rsub subtract mul multiply maximum minimum fmax fmin copysign hypot atan2 eq ne lt gt le ge"
-_QUOTIENTS = "div divide true_divide floor_divide fmod remainder"
+_FLOAT_PAIRS = "arctan2 logaddexp logaddexp2 heaviside ldexp isclose complex polar add sub rsub subtract mul multiply maximum minimum fmax fmin copysign hypot atan2 eq ne lt gt le ge"
+_QUOTIENTS = "xlogy special_xlogy div divide true_divide floor_divide fmod remainder"
 _BOOL_PAIRS = "logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor __and__ __or__ __xor__"
 
 
@@ -116,6 +84,9 @@ BINARY = [
     c(aten.pow.Tensor_Scalar, t(2, 3), 2, free=2),
     c(aten.pow.Tensor_Scalar, t(2, 3), 0, free=2, note="to nothing"),
     c(aten.pow.Tensor_Scalar, t(2, 3), -1, free=0, note="negative"),
+    c(aten.float_power.Tensor_Scalar, t(2, 3), 2, free=2),
+    c(aten.xlogy.Scalar_Other, t(2, 3), 2, free=2),
+    c(aten.prelu.default, signed(5), t(1), free=1, note="vector"),
     c(aten.pow.Scalar, 2.0, t(2, 3), free=2),
     c(aten.pow.Tensor_Tensor, t(2, 3), t(3), free=2),
     c(aten.clamp.default, signed(2, 3), -0.2, 0.2, free=2),
@@ -196,6 +167,17 @@ CONTRACT = [
     c(aten.addmm.default, signed(5), signed(2, 3), signed(3, 5), free=3, note="bias"),
     c(aten.addmm.default, signed(2, 5), signed(2, 3), signed(3, 5), free=3),
     c(aten.baddbmm.default, signed(7, 2, 5), signed(7, 2, 3), signed(7, 3, 5), free=4),
+    c(aten.addbmm.default, signed(2, 5), signed(7, 2, 3), signed(7, 3, 5), free=4),
+    c(aten.addmv.default, signed(2), signed(2, 3), signed(3), free=2),
+    c(aten.addr.default, signed(2, 3), signed(2), signed(3), free=2),
+    c(aten.addr.default, signed(3), signed(2), signed(3), free=2, note="broadcast"),
+    c(aten.embedding_bag.default, signed(7, 5), ints(7, 11), torch.tensor([0, 2, 5]), free=1),
+    c(aten.embedding_bag.default, signed(7, 5), ints(7, 11), torch.tensor([0, 2, 5]), False, 2, free=1, note="largest"),
+    c(
+        aten.embedding_bag.padding_idx,
+        *(signed(7, 5), ints(7, 11), torch.tensor([0, 2, 5]), False, 1, False, None, False, 3),
+        free=1,
+    ),
     c(aten.einsum.default, "bhid,bhjd->bhij", [signed(2, 3, 5, 7), signed(2, 3, 11, 7)], free=5),
     c(aten.einsum.default, "...ij,jk->...ik", [signed(2, 3, 5), signed(5, 7)], free=4, note="dots"),
     c(aten.einsum.default, "ij,kj", [signed(2, 3), signed(5, 3)], free=3, note="implicit"),
@@ -222,9 +204,51 @@ CONTRACT = [
         free=2,
     ),
 ]
+
 STAND_INS = {"_grouped_mm": "transformers.grouped_mm_fallback"}
 """Ops held through another one of the same rule: this one has no float64 kernel and wants sizes that divide by 4."""
 
+
+def _recurrent(kind: str, layers: int, directions: int, biases: bool, project: int = 0, first: bool = False) -> Case:
+    """A layer over 7 steps, a batch of 2, 3 inputs and 5 units."""
+    gates = {"lstm": 4, "gru": 3}.get(kind, 1)
+    fed, x = project or 5, signed(2, 7, 3) if first else signed(7, 2, 3)
+    weights = []
+    for k in range(layers * directions):
+        weights += [signed(gates * 5, 3 if k < directions else directions * fed), signed(gates * 5, fed)]
+        weights += [signed(gates * 5), t(gates * 5)] if biases else []
+        weights += [signed(project, 5)] if project else []
+    h, cell = signed(layers * directions, 2, fed), signed(layers * directions, 2, 5)
+    options = (weights, biases, layers, 0.0, False, directions == 2, first)
+    note = f"{layers}x{directions}{'' if biases else ' no bias'}{' projected' if project else ''}"
+    op = getattr(aten, kind).input
+    return c(op, x, [h, cell] if kind == "lstm" else h, *options, free=4 if project else 3, note=note)
+
+
+def _cell(kind: str, biases: bool) -> Case:
+    gates = {"lstm": 4, "gru": 3}.get(kind, 1)
+    states = [signed(2, 5), t(2, 5)] if kind == "lstm" else signed(2, 5)
+    bias = (signed(gates * 5), t(gates * 5)) if biases else ()
+    op = getattr(aten, f"{kind}_cell").default
+    weights = (signed(gates * 5, 3), signed(gates * 5, 5))
+    return c(op, signed(2, 3), states, *weights, *bias, free=3, note="" if biases else "no bias")
+
+
+def _packed(kind: str) -> Case:
+    whole = _recurrent(kind, 2, 2, biases=True)
+    _, states, weights, *options, _ = whole.args
+    sizes = torch.tensor([2, 2, 1])
+    return c(getattr(aten, kind).data, signed(5, 3), sizes, states, weights, *options, free=2, note="packed")
+
+
+RECURRENT = [
+    *(_recurrent(k, 1, 1, biases=True) for k in ("lstm", "gru", "rnn_tanh", "rnn_relu")),
+    *(_recurrent(k, 2, 2, biases=False, first=True) for k in ("lstm", "gru", "rnn_tanh", "rnn_relu")),
+    _recurrent("lstm", 2, 2, biases=True, project=3),
+    _recurrent("lstm", 1, 1, biases=False, project=3, first=True),
+    *(_packed(k) for k in ("lstm", "gru", "rnn_tanh", "rnn_relu")),
+    *(_cell(k, biases) for k in ("lstm", "gru", "rnn_tanh", "rnn_relu") for biases in (True, False)),
+]
 
 NORM = [
     c(aten.layer_norm.default, signed(2, 3, 5), [5], t(5), signed(5), free=2),
@@ -254,6 +278,13 @@ NORM = [
         *(signed(2, 3, 5), t(3), signed(3), None, None, True, 0.1, 1e-5, False),
         free=2,
     ),
+]
+
+# the direction of a weight norm is left as it is where its scale is zeroed: here it is zeroed too, so that dim is pinned
+NORM += [
+    c(aten._weight_norm.default, signed(5, 3, 7), t(5, 1, 1), free=2),
+    c(aten._weight_norm.default, signed(5, 3, 7), t(1, 1, 7), 2, free=2, note="last"),
+    c(aten._weight_norm.default, signed(5, 3, 7), torch.tensor(2.0, dtype=torch.float64), -1, free=3, note="whole"),
 ]
 
 REDUCE = [
@@ -299,155 +330,23 @@ REDUCE = [
     c(aten.linalg_vector_norm.default, signed(2, 3, 5), float("inf"), [1], True, free=3, note="largest"),
     c(aten.norm.ScalarOpt_dim, signed(2, 3, 5), 2, [1], free=3),
     c(aten.norm.Scalar, signed(2, 3), 2, free=2),
+    c(aten.linalg_norm.default, signed(2, 3, 5), None, [1], free=3),
+    c(aten.linalg_norm.default, signed(2, 3, 5), 2, [1, 2], free=1, note="of matrices"),
+    c(aten.linalg_matrix_norm.str_ord, signed(2, 3, 5), free=3),
+    c(aten.linalg_matrix_norm.str_ord, signed(2, 3, 5), "nuc", free=1, note="nuclear"),
+    c(aten.linalg_matrix_norm.default, signed(2, 3, 5), 1, free=1),
+    c(aten.frobenius_norm.dim, signed(2, 3, 5), [1], free=3),
+    c(aten.nuclear_norm.dim, signed(2, 3, 5), [1, 2], free=1),
+    c(aten.nansum.default, signed(2, 3, 5), [1], free=3),
+    c(aten.nanmean.default, signed(2, 3, 5), [1], free=2),
+    c(aten.aminmax.default, signed(2, 3, 5), dim=1, free=2),
+    c(aten.kthvalue.default, signed(2, 3, 5), 2, 1, free=2),
+    c(aten.msort.default, signed(2, 3, 5), free=2),
+    c(aten.quantile.scalar, t(2, 3, 5), 0.5, 1, free=2),
+    c(aten.quantile.default, t(2, 3, 5), torch.tensor([0.2, 0.7], dtype=torch.float64), 1, True, free=2),
+    c(aten.nanquantile.scalar, t(2, 3, 5), 0.5, free=0),
+    c(aten.renorm.default, signed(2, 3, 5), 2, 1, 0.5, free=3),
+    c(aten.sum_to_size.default, signed(2, 3, 5), [3, 1], free=3),
 ]
 
-SHAPE = [
-    c(aten.view.default, t(2, 12, 5), [2, 3, 4, 5], free=4, note="split"),
-    c(aten.view.default, t(2, 3, 5), [2, -1], free=3, note="join"),
-    c(aten.view.default, t(6, 5), [2, 15], free=3, note="both"),
-    c(aten.view.default, t(4, 9), [12, 3], free=3, note="refined"),
-    c(aten.view.default, t(6, 4), [3, 8], free=3, note="refined again"),
-    c(aten.view.default, t(3, 4), [4, 3], free=0, note="misaligned"),
-    c(aten.reshape.default, t(2, 12), [2, 1, 3, 4], free=3),
-    c(aten._unsafe_view.default, t(2, 12), [2, 3, 4], free=3),
-    c(aten.flatten.using_ints, t(2, 3, 5, 7), 1, 2, free=4),
-    c(aten.ravel.default, t(2, 3), free=2),
-    c(aten.unflatten.int, t(2, 12), 1, [3, 4], free=3),
-    c(aten.squeeze.dim, t(2, 1, 3), 1, free=2),
-    c(aten.squeeze.default, t(2, 1, 3), free=2),
-    c(aten.unsqueeze.default, t(2, 3), 1, free=2),
-    c(aten.view_as.default, t(2, 12), t(2, 3, 4), free=3),
-    c(aten.reshape_as.default, t(2, 12), t(2, 3, 4), free=3),
-    c(aten.atleast_1d.default, t(3), free=1),
-    c(aten.atleast_2d.default, t(3), free=1),
-    c(aten.atleast_3d.default, t(3), free=1),
-    c(aten.permute.default, t(2, 3, 5), [2, 0, -2], free=3),
-    c(aten.transpose.int, t(2, 3, 5), 0, -1, free=3),
-    c(aten.swapaxes.default, t(2, 3, 5), 0, 2, free=3),
-    c(aten.swapdims.default, t(2, 3, 5), 0, 2, free=3),
-    c(aten.t.default, t(2, 3), free=2),
-    c(aten.numpy_T.default, t(2, 3), free=2),
-    c(aten.mT.default, t(2, 3, 5), free=3),
-    c(aten.mH.default, t(2, 3, 5), free=3),
-    c(aten.adjoint.default, t(2, 3, 5), free=3),
-    c(aten.movedim.int, t(2, 3, 5, 7), 0, 2, free=4),
-    c(aten.movedim.intlist, t(2, 3, 5, 7), [0, 3], [2, 0], free=4),
-    c(aten.moveaxis.int, t(2, 3, 5), -1, 0, free=3),
-    c(aten.expand.default, t(3, 1), [2, -1, 5], free=3),
-    c(aten.expand_as.default, t(3, 1), t(2, 3, 5), free=3),
-    c(aten.broadcast_to.default, t(3, 1), [2, 3, 5], free=3),
-    c(aten.repeat.default, t(3, 5), [2, 4, 1], free=4),
-    c(aten.tile.default, t(3, 5), [4, 1], free=3),
-    c(aten.repeat_interleave.self_int, t(3, 5), 4, 1, free=3),
-    c(aten.cat.default, [t(2, 3, 5), t(2, 7, 5)], 1, free=4),
-    c(aten.cat.default, [t(2, 3), t(2, 5), t(2, 7)], -1, free=4, note="three"),
-    c(aten.concat.default, [t(2, 3), t(2, 5)], 1, free=3),
-    c(aten.concatenate.default, [t(2, 3), t(2, 5)], 1, free=3),
-    c(aten.stack.default, [t(2, 3), t(2, 3), t(2, 3)], -1, free=2),
-    c(aten.chunk.default, t(2, 14, 5), 2, 1, free=4),
-    c(aten.chunk.default, t(7, 2), 3, free=3, note="uneven"),
-    c(aten.split.Tensor, t(2, 14), 6, 1, free=4),
-    c(aten.split_with_sizes.default, t(2, 14), [3, 4, 7], -1, free=4),
-    c(aten.tensor_split.sections, t(2, 14), 3, 1, free=4),
-    c(aten.tensor_split.indices, t(2, 14), [3, 8], 1, free=4),
-    c(aten.unsafe_chunk.default, t(2, 14), 2, 1, free=3),
-    c(aten.unsafe_split.Tensor, t(2, 14), 7, 1, free=3),
-    c(aten.unsafe_split_with_sizes.default, t(2, 14), [3, 11], 1, free=3),
-    c(aten.glu.default, signed(2, 6, 5), 1, free=3),
-    c(aten.unbind.int, t(2, 3, 5), 1, free=2),
-    c(aten.select.int, t(2, 3, 5), 1, -1, free=2),
-    c(aten.slice.Tensor, t(2, 14), 1, 3, 10, free=4),
-    c(aten.slice.Tensor, t(2, 14), 1, -5, free=3, note="from the end"),
-    c(aten.slice.Tensor, t(2, 14), 1, 0, -5, free=3, note="up to the end"),
-    c(aten.slice.Tensor, t(2, 14), 0, 0, 9223372036854775807, free=2, note="all"),
-    c(aten.slice.Tensor, t(2, 14), 1, 1, None, 2, free=2, note="every second"),
-    c(aten.slice.Tensor, t(2, 15), 1, -13, 15, 3, free=2, note="every third"),
-    c(aten.slice.Tensor, t(2, 15), 1, 0, 13, 3, free=1, note="every third but the end"),
-    c(aten.slice.Tensor, t(2, 14), 1, 1, None, 3, free=1, note="every third of fourteen"),
-    c(aten.slice.Tensor, t(2, 14), 1, 3, None, 2, free=1, note="every second from the middle"),
-    c(aten.narrow.default, t(2, 14), 1, 3, 7, free=4),
-    c(aten.pad.default, t(2, 5, 7), [0, 0, 3, 4], free=5),
-    c(aten.pad.default, t(2, 5, 7), [0, 0, 3, 0], "constant", 2.5, free=4, note="not zero"),
-    c(aten.pad.default, t(2, 5, 7), [2, 1], "reflect", free=2, note="reflect"),
-    c(aten.pad.default, t(2, 5, 7), [-2, 0], free=2, note="crop"),
-    c(aten.constant_pad_nd.default, t(2, 5, 7), [2, 3], free=5),
-    c(aten.flip.default, t(2, 3, 5), [1], free=2),
-    c(aten.roll.default, t(2, 3, 5), [2], [1], free=2),
-    c(aten.roll.default, t(2, 3), [2], free=0, note="flat"),
-    c(aten.unfold.default, t(2, 7, 5), 1, 3, 2, free=2),
-    c(aten.meshgrid.indexing, [t(2), t(3)], indexing="ij", free=2),
-    c(aten.meshgrid.indexing, [t(2), t(3)], indexing="xy", free=2, note="xy"),
-    c(aten.zeros.default, [2, 3], free=2),
-    c(aten.new_zeros.default, t(7), [2, 3], free=3),
-    c(aten.ones.default, [2, 3], free=2),
-    c(aten.new_ones.default, t(7), [2, 3], free=3),
-    c(aten.full.default, [2, 3], 0.5, free=2),
-    c(aten.new_full.default, t(7), [2, 3], 0.5, free=3),
-    c(aten.arange.default, 5, free=0),
-    c(aten.linspace.default, 0, 1, 5, free=0),
-    c(aten.logspace.default, 0, 1, 5, free=0),
-    c(aten.eye.default, 3, free=0),
-    c(aten.bartlett_window.default, 5, free=0),
-    c(aten.hann_window.default, 5, free=0),
-    c(aten.scalar_tensor.default, 5, free=0),
-    c(aten.one_hot.default, ints(7, 3), 7, free=1),
-    c(aten.tril.default, t(2, 3, 5), free=1),
-    c(aten.triu.default, t(2, 3, 5), free=1),
-]
-
-
-def _spatial(template: str, n: int, *args: Any, free: int = 2, **kwargs: Any) -> Case:
-    overloads = getattr(aten, template.format(n=n))
-    op = overloads.vec if "vec" in overloads.overloads() else overloads.default
-    return c(op, signed(2, 3, *(4, 6, 5)[:n]), *args, free=free, **kwargs)
-
-
-SPACE = [
-    *(_spatial("max_pool{n}d", n, [2] * n, free=2) for n in (1, 2, 3)),
-    *(_spatial("avg_pool{n}d", n, [2] * n) for n in (1, 2, 3)),
-    *(_spatial("adaptive_avg_pool{n}d", n, [3] * n) for n in (1, 2, 3)),
-    *(_spatial("adaptive_max_pool{n}d", n, [3] * n) for n in (1, 2, 3)),
-    *(_spatial("max_pool{n}d_with_indices", n, [2] * n) for n in (1, 2, 3)),
-    *(_spatial("reflection_pad{n}d", n, [1] * 2 * n) for n in (1, 2, 3)),
-    *(_spatial("replication_pad{n}d", n, [1] * 2 * n) for n in (1, 2, 3)),
-    *(_spatial("upsample_nearest{n}d", n, [7] * n, None) for n in (1, 2, 3)),
-    *(_spatial("_upsample_nearest_exact{n}d", n, [7] * n, None) for n in (1, 2, 3)),
-    _spatial("upsample_linear{n}d", 1, [7], False, None),
-    _spatial("upsample_bilinear{n}d", 2, [7, 8], False, None),
-    _spatial("upsample_bicubic{n}d", 2, [7, 8], False, None),
-    _spatial("upsample_trilinear{n}d", 3, [7, 8, 9], False, None),
-    _spatial("_upsample_bilinear{n}d_aa", 2, [7, 8], False, None),
-    _spatial("_upsample_bicubic{n}d_aa", 2, [7, 8], False, None),
-    c(aten.grid_sampler.default, signed(2, 3, 4, 5), signed(2, 7, 6, 2), 0, 0, False, free=2),
-    c(aten.pixel_shuffle.default, signed(2, 12, 3, 5), 2, free=2),
-    c(aten.pixel_unshuffle.default, signed(2, 5, 4, 6), 2, free=2),
-    c(aten.channel_shuffle.default, signed(2, 15, 4, 7), 3, free=5),
-    c(aten.native_channel_shuffle.default, signed(2, 15, 4, 7), 3, free=5),
-    c(aten.im2col.default, signed(2, 3, 5, 6), [2, 3], [1, 1], [0, 0], [1, 1], free=2),
-    c(aten.col2im.default, signed(2, 18, 16), [5, 6], [2, 3], [1, 1], [0, 0], [1, 1], free=2),
-]
-
-INDEX = [
-    c(aten.index.Tensor, t(5, 3, 7), [ints(5, 2, 4)], free=4),
-    c(aten.index.Tensor, t(2, 5, 3), [None, ints(5, 4)], free=3, note="second"),
-    c(aten.index.Tensor, t(5, 3, 7), [ints(5, 4), None, ints(7, 4)], free=2, note="apart"),
-    c(aten.index.Tensor, t(5, 3, 7), [ints(5, 4, 1), ints(3, 2)], free=3, note="broadcast"),
-    c(aten.index_put.default, t(5, 3), [ints(5, 4).unique()], t(1, 3), free=1),
-    c(aten.index_select.default, t(2, 5, 3), 1, ints(5, 4), free=3),
-    c(aten.gather.default, t(5, 3), 0, ints(5, 4, 3), free=2),
-    c(aten.gather.default, t(5, 3, 7), -1, ints(7, 5, 3, 2), free=3, note="last"),
-    c(aten.gather.default, t(5, 3), 0, ints(5, 4, 2), free=1, note="cut short"),
-    c(aten.take_along_dim.default, t(5, 3), ints(5, 4, 3), 0, free=2),
-    c(aten.take_along_dim.default, t(5, 3), ints(5, 4, 1), 0, free=2, note="broadcast index"),
-    c(aten.take_along_dim.default, t(5, 1), ints(5, 4, 3), 0, free=2, note="broadcast tensor"),
-    c(aten.scatter.src, t(5, 3), 0, ints(5, 2, 3), t(2, 3), free=0),
-    c(aten.scatter_add.default, t(5, 3), 0, ints(5, 2, 3), t(2, 3), free=0),
-    c(aten.scatter_reduce.two, t(5, 3), 0, ints(5, 2, 3), t(2, 3), "sum", free=0),
-    c(aten.index_add.default, t(5, 3), 0, ints(5, 2), t(2, 3), free=1),
-    c(aten.index_add.default, t(2, 5, 3), 1, ints(5, 4), t(2, 4, 3), free=2, note="second"),
-    c(aten.index_copy.default, t(5, 3), 0, torch.tensor([3, 1]), t(2, 3), free=0),
-    c(aten.index_fill.int_Scalar, t(5, 3), 0, ints(5, 2), 1.0, free=0),
-    c(aten.masked_scatter.default, t(2, 3), t(2, 3) > 0.5, t(2, 3), free=0),
-]
-
-CASES = [*UNARY, *BINARY, *CONTRACT, *NORM, *REDUCE, *SHAPE, *SPACE, *INDEX]
+CASES = [*UNARY, *BINARY, *CONTRACT, *RECURRENT, *NORM, *REDUCE, *SHAPE, *SPACE, *INDEX, *PAIR, *WHOLE, *VISION]

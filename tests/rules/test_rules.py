@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from graphprune.rules import RULES, find, op
-from tests.rules.cases import CASES, STAND_INS, VALUELESS, c, ints, signed, t
+from tests.rules.case import c, ints, signed, t
+from tests.rules.cases import CASES, STAND_INS, VALUELESS
 from tests.rules.commute import CaughtWrong, check, node_of
 
 aten = torch.ops.aten
@@ -27,7 +28,7 @@ def test_every_rule_is_held_to_the_property():
 
 def test_every_rule_names_an_op_that_exists():
     spaces = {name: name.rpartition(".") for name in RULES}
-    assert [n for n, (space, _, base) in spaces.items() if not hasattr(getattr(torch.ops, space or "aten"), base)] == []
+    assert [n for n, (s, _, leaf) in spaces.items() if not hasattr(getattr(torch.ops, s or "aten"), leaf)] == []
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import graphprune as gp
 from graphprune.axes import Atom, Axes
 from graphprune.rules import RULES, Call, find, function, op, table
 from graphprune.rules.text import rule
-from tests.rules.cases import signed
+from tests.rules.case import signed
 from tests.rules.commute import node_of
 
 aten = torch.ops.aten
