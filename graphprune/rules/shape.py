@@ -38,7 +38,13 @@ def straight(call: Call, pairs: Sequence[tuple[int, int]], operand: int = 0) -> 
 
 
 def reshaped(call: Call, dims: Dims, shape: Sequence[int]) -> Dims:
-    """Axes of a row-major reshape: cut both shapes where their running products agree, then one product each."""
+    """Axes of a row-major reshape: cut both shapes where their running products agree, then one product each.
+
+    Raises:
+        RuleError: the sizes do not multiply to the same, since one of them depends on the data.
+    """
+    if math.prod(d.size for d in dims) != math.prod(shape):
+        raise RuleError(f"a reshape whose sizes depend on the data has no rule, in {call.node}")
     wide = [d for d in dims if d.size != 1]
     out: list[Axis] = [Atom(1)] * len(shape)
     slots = [j for j, size in enumerate(shape) if size != 1]

@@ -74,16 +74,20 @@ def carried(model: nn.Module, output: Any) -> list[bool]:
     """Per leaf of a model's output, whether it belongs to an object that the model takes back as an argument.
 
     Such an object (the key/value cache of a language model) is a field of the output that is called like an argument of
-    the forward, and neither a tensor nor a plain container: what it holds may shrink along with the model.
+    the forward of the model or of a part of it, and neither a tensor nor a plain container: what it holds may shrink
+    along with the model.
     """
-    taken = inspect.signature(model.forward).parameters
-    marks = [
-        name in taken and _is_object(held)
-        for name, held in _fields(output)
-        for _ in range(len(pytree.tree_leaves(held)))
-    ]
+    marks: list[bool] = []
+    for name, held in _fields(output):
+        marks += [_is_object(held) and _takes(model, name)] * len(pytree.tree_leaves(held))
     count = len(pytree.tree_leaves(output))
     return marks if len(marks) == count else [False] * count
+
+
+def _takes(model: nn.Module, name: str) -> bool:
+    """Whether the model or a part of it has an argument of that name."""
+    forwards = {type(module): module.forward for module in model.modules()}
+    return any(name in inspect.signature(forward).parameters for forward in forwards.values())
 
 
 def _fields(output: Any) -> list[tuple[str, Any]]:

@@ -226,3 +226,23 @@ def test_a_billion_parameters_on_the_meta_device_couple():
     assert sum(p.numel() for p in model.parameters()) > 1e9
     coupling = coupled(model, torch.empty(1, 8192, device="meta"))
     assert [g.size for g in coupling.groups] == [16384, 8192] * 3 + [16384]
+
+
+class Picks(nn.Module):
+    """Takes the rows that are positive, two by two."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.last(h[h[:, 0] > 0].reshape(2, -1, 6)).sum() + self.last(h.relu())
+
+
+def test_shapes_that_depend_on_data_are_listed_and_pinned():
+    coupling = coupled(Picks(), torch.rand(4, 3))
+    assert coupling.groups == ()
+    why = {u.op: u.why for u in coupling.unknown}
+    assert "indexing with a mask, whose result depends on its values, has no rule" in why["index"]
+    assert "a reshape whose sizes depend on the data has no rule" in why["reshape"]

@@ -75,6 +75,18 @@ def test_a_cache_that_the_model_takes_back_shrinks_along(emit):
     assert result.report.verification.effect > 0
 
 
+def test_a_cache_that_a_part_of_the_model_takes_back_shrinks_too():
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part = Remembers()
+
+        def forward(self, x):
+            return self.part(x)
+
+    assert [g.name for g in half(Whole(), X).coupling.groups] == ["part.first", "part.second"]
+
+
 @pytest.mark.parametrize("field", ["report", ""])
 def test_an_object_that_is_not_taken_back_keeps_its_widths(field):
     model = Remembers(field).eval()
