@@ -150,6 +150,16 @@ def test_a_llama_with_fewer_heads_and_inner_channels_is_one_that_its_own_config_
         assert torch.equal(stock(**tokens()).logits, small(**tokens()).logits)
 
 
+def test_qwen3_keeps_its_class_where_the_channels_of_values_stay_like_those_of_queries():
+    torch.manual_seed(0)
+    qwen3 = randomised(causal("Qwen3")()[0]).double()
+    attention = [f"{ATTENTION.format(i)}q_proj:[3]x2x12" for i in LAYERS]
+    small, emitter, coupling, _ = carried_out(qwen3, tokens(), {name: [1] for name in attention})
+    assert emitter == "module"
+    assert changed(qwen3, small)["model.layers.0.self_attn.v_proj.weight"] == (12, 48)
+    assert "norms='prune' allows it" in coupling.why_not("model.layers.0.self_attn.q_norm.weight", 0)
+
+
 # -- DeiT-tiny: 3 heads of 64 channels, q, k and v fused, 192 -> 768 -> 192 ------------------------------------------
 
 
