@@ -121,10 +121,9 @@ def _bound(module: nn.Module, args: Any, kwargs: Any) -> tuple[Inputs, tuple[str
 
 
 def _differing(a: Inputs, b: Inputs) -> OpenDims:
-    return [
-        tuple(d for d, (m, n) in enumerate(zip(x.shape, y.shape, strict=False)) if m != n)
-        for x, y in zip(a.tensors(), b.tensors(), strict=True)
-    ]
+    """Which sizes differ; what holds tensors in other ways, such as a cache, is refused later."""
+    pairs = zip(a.tensors(), b.tensors(), strict=False)
+    return [tuple(d for d, (m, n) in enumerate(zip(x.shape, y.shape, strict=False)) if m != n) for x, y in pairs]
 
 
 # -- source ------------------------------------------------------------------------------------------------------
@@ -143,6 +142,7 @@ def forward_of(model: nn.Module, path: str, call: Call, coupling: Coupling, plan
     """
     module = lookup(model, path)
     signature = _signature(module, path)
+    _check_arguments(call, path)
     part = _part(coupling, _exported(module, call, path), call, path)
     _check_open(part.program, call, path)
     wider = dataclasses.replace(call, open_dims=_openable(part, call))
@@ -160,6 +160,18 @@ def forward_of(model: nn.Module, path: str, call: Call, coupling: Coupling, plan
     Writer(part, plan, model, training=module.training).rewrite(graph_module, "")
     held = [*_fixed_conditions(part, plan, call, path), *conditions]
     return Forward(_source(signature, graph_module, call, path, held), _constants(module, part, plan))
+
+
+def _check_arguments(call: Call, path: str) -> None:
+    """Refuse arguments that one function of tensors cannot take, such as a cache that the module writes to.
+
+    Raises:
+        RewriteError: there are some; the message names their type.
+    """
+    plain = (torch.Tensor, type(None), bool, int, float, str)
+    for name, leaf in _named_leaves(call, path):
+        if not isinstance(leaf, plain):
+            raise RewriteError(f"{path} is handed a {type(leaf).__name__} as {name}")
 
 
 def _exported(module: nn.Module, call: Call, path: str) -> Program:
