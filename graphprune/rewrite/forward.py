@@ -21,14 +21,14 @@ from torch.utils import _pytree as pytree
 
 from graphprune.axes import Axis, Mask
 from graphprune.coupling import Coupling
-from graphprune.errors import GraphpruneError, RewriteError
+from graphprune.errors import RewriteError
 from graphprune.plan import Plan
 from graphprune.program import Node, Program, Value
+from graphprune.rewrite.parts import Call, Parts, named_leaves
 from graphprune.rewrite.state import lookup
 from graphprune.rewrite.writer import Writer
 from graphprune.rules import Applied, Dims
-from graphprune.trace import Inputs, run, untouched
-from graphprune.trace.export import OpenDims, export
+from graphprune.trace.export import OpenDims
 
 NAMESPACE: Mapping[str, Any] = {
     "torch": torch,
@@ -39,21 +39,6 @@ NAMESPACE: Mapping[str, Any] = {
 """The names that generated source may use."""
 MANY, LONG = 8, 200
 """A forward that holds only under more conditions on its sizes, or longer ones, is not written."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """How a model calls one of its modules.
-
-    Attributes:
-        arguments: in the order of the parameters of its forward, defaults filled in.
-        names: per argument, the expression by which its forward reaches it.
-        open_dims: which sizes follow the batch.
-    """
-
-    arguments: Inputs
-    names: tuple[str, ...]
-    open_dims: OpenDims
 
 
 @dataclass(frozen=True)
@@ -69,87 +54,29 @@ class Forward:
     constants: Mapping[str, torch.Tensor]
 
 
-# -- calls -------------------------------------------------------------------------------------------------------
-
-
-def calls(model: nn.Module, inputs: Inputs, paths: Sequence[str]) -> dict[str, Call]:
-    """How `model` calls the modules at `paths`, each for the first time, when it is run on `inputs`."""
-    wider = inputs.map(lambda t: torch.cat([t, t]) if t.dim() else t)
-    once, twice = _arguments(model, inputs, paths), {}
-    try:
-        twice = _arguments(model, wider, paths)
-    except Exception:  # the model fixes its batch size; what it traces to then does, too
-        twice = once
-    single = {t.shape[0] for t in inputs.tensors() if t.dim()} == {1}
-    found = {}
-    for path, (arguments, names) in once.items():
-        other = twice[path][0] if path in twice else arguments
-        found[path] = Call(other if single else arguments, names, _differing(arguments, other))
-    return found
-
-
-def _arguments(model: nn.Module, inputs: Inputs, paths: Sequence[str]) -> dict[str, tuple[Inputs, tuple[str, ...]]]:
-    found: dict[str, tuple[Inputs, tuple[str, ...]]] = {}
-    handles = []
-    for path in paths:
-
-        def note(module: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
-            found.setdefault(path, _bound(module, args, kwargs))
-
-        handles.append(lookup(model, path).register_forward_pre_hook(note, with_kwargs=True))
-    try:
-        run(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
-
-
-def _bound(module: nn.Module, args: Any, kwargs: Any) -> tuple[Inputs, tuple[str, ...]]:
-    """The arguments of a call by position, and how the forward names them."""
-    bound = inspect.signature(module.forward).bind(*args, **kwargs)
-    bound.apply_defaults()
-    names: list[str] = []
-    for name, parameter in bound.signature.parameters.items():
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            names += [f"{name}[{i}]" for i in range(len(bound.arguments[name]))]
-        elif parameter.kind is parameter.VAR_KEYWORD:
-            names += [f"{name}[{key!r}]" for key in bound.arguments[name]]
-        else:
-            names.append(name)
-    return Inputs(bound.args, bound.kwargs), tuple(names)
-
-
-def _differing(a: Inputs, b: Inputs) -> OpenDims:
-    """Which sizes differ; what holds tensors in other ways, such as a cache, is refused later."""
-    pairs = zip(a.tensors(), b.tensors(), strict=False)
-    return [tuple(d for d, (m, n) in enumerate(zip(x.shape, y.shape, strict=False)) if m != n) for x, y in pairs]
-
-
 # -- source ------------------------------------------------------------------------------------------------------
 
 
-def forward_of(model: nn.Module, path: str, call: Call, coupling: Coupling, plan: Plan) -> Forward:
+def forward_of(parts: Parts, path: str, call: Call, coupling: Coupling, plan: Plan) -> Forward:
     """The forward of the module at `path`, with the sizes that `plan` leaves.
 
     Args:
-        model: the original.
-        path: which of its modules.
+        parts: the modules of the original, each traced on its own.
+        path: which of them.
         call: how it is called.
         coupling, plan: of the whole model.
     Raises:
         RewriteError: this module cannot be traced on its own, or not to the calls that the model's trace has.
     """
-    module = lookup(model, path)
+    module = lookup(parts.model, path)
     signature = _signature(module, path)
-    _check_arguments(call, path)
-    part = _part(coupling, _exported(module, call, path), call, path)
+    part = _part(coupling, parts.program(path, call), call, path)
     _check_open(part.program, call, path)
     wider = dataclasses.replace(call, open_dims=_openable(part, call))
     conditions = _conditions(part, call, path)
     if wider.open_dims != call.open_dims:
         try:  # a module that is not bound to the example's resolution or sequence length should not become so
-            open_part = _part(coupling, _exported(module, wider, path), wider, path)
+            open_part = _part(coupling, parts.program(path, wider), wider, path)
             conditions = _conditions(open_part, wider, path)
             part, call = open_part, wider
         except RewriteError:
@@ -157,29 +84,9 @@ def forward_of(model: nn.Module, path: str, call: Call, coupling: Coupling, plan
     graph_module = part.program.source.module(check_guards=False)
     if any(isinstance(m, fx.GraphModule) for m in graph_module.children()):
         raise RewriteError(f"{path} has regions, such as autocast, that cannot be written as one function")
-    Writer(part, plan, model, training=module.training).rewrite(graph_module, "")
+    Writer(part, plan, parts.model, training=module.training).rewrite(graph_module, "")
     held = [*_fixed_conditions(part, plan, call, path), *conditions]
     return Forward(_source(signature, graph_module, call, path, held), _constants(module, part, plan))
-
-
-def _check_arguments(call: Call, path: str) -> None:
-    """Refuse arguments that one function of tensors cannot take, such as a cache that the module writes to.
-
-    Raises:
-        RewriteError: there are some; the message names their type.
-    """
-    plain = (torch.Tensor, type(None), bool, int, float, str)
-    for name, leaf in _named_leaves(call, path):
-        if not isinstance(leaf, plain):
-            raise RewriteError(f"{path} is handed a {type(leaf).__name__} as {name}")
-
-
-def _exported(module: nn.Module, call: Call, path: str) -> Program:
-    try:
-        with untouched(module), torch.no_grad():
-            return export(module, call.arguments, call.open_dims)
-    except GraphpruneError as error:
-        raise RewriteError(f"{path} cannot be traced on its own: {error}") from error
 
 
 def _part(coupling: Coupling, program: Program, call: Call, path: str) -> Coupling:
@@ -311,7 +218,7 @@ def _fixed_conditions(part: Coupling, plan: Plan, call: Call, path: str) -> Iter
         for d, size in enumerate(sizes):
             if isinstance(size, int):
                 yield f"{name}.shape[{d}] == {part.axes.width(axes[d], keep, memo) if axes else size}"
-    for name, leaf in _named_leaves(call, path):
+    for name, leaf in named_leaves(call, path):
         if leaf is None or isinstance(leaf, bool):
             yield f"{name} is {leaf!r}"
         elif isinstance(leaf, (int, float, str)):
@@ -319,7 +226,7 @@ def _fixed_conditions(part: Coupling, plan: Plan, call: Call, path: str) -> Iter
 
 
 def _tensor_expressions(call: Call, path: str) -> list[str]:
-    return [name for name, leaf in _named_leaves(call, path) if isinstance(leaf, torch.Tensor)]
+    return [name for name, leaf in named_leaves(call, path) if isinstance(leaf, torch.Tensor)]
 
 
 def _constants(module: nn.Module, part: Coupling, plan: Plan) -> dict[str, torch.Tensor]:
@@ -344,7 +251,7 @@ def _source(signature: str, graph_module: fx.GraphModule, call: Call, path: str,
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
     out_spec = graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
-    graph._codegen = _Code(signature, [n for n, _ in _named_leaves(call, path)], out_spec, path, conditions)
+    graph._codegen = _Code(signature, [n for n, _ in named_leaves(call, path)], out_spec, path, conditions)
     code = graph.python_code("self", verbose=False)
     unknown = set(code.globals) - set(NAMESPACE) - {"NoneType", "fx_pytree", "pytree"}  # these it always declares
     if unknown:
@@ -366,22 +273,6 @@ def _signature(module: nn.Module, path: str) -> str:
     bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
     text = str(inspect.Signature(bare))[1:-1]
     return f"self, {text}" if text else "self"
-
-
-def _named_leaves(call: Call, path: str) -> Iterator[tuple[str, Any]]:
-    """How the forward reaches each leaf of its arguments, and what it was."""
-    held = (*call.arguments.args, *call.arguments.kwargs.values())
-    for name, argument in zip(call.names, held, strict=True):
-        for keys, leaf in pytree.tree_flatten_with_path(argument)[0]:
-            yield name + "".join(_key(k, path) for k in keys), leaf
-
-
-def _key(key: Any, path: str) -> str:
-    if isinstance(key, pytree.SequenceKey):
-        return f"[{key.idx}]"
-    if isinstance(key, pytree.MappingKey):
-        return f"[{key.key!r}]"
-    raise RewriteError(f"{path} takes more than tensors, tuples, lists and dicts")
 
 
 class _Code(fx.graph.CodeGen):

@@ -16,8 +16,9 @@ from graphprune.couple import exported
 from graphprune.coupling import Coupling
 from graphprune.errors import RewriteError
 from graphprune.plan import Plan
-from graphprune.rewrite.forward import NAMESPACE, Forward, calls, forward_of
+from graphprune.rewrite.forward import NAMESPACE, Forward, forward_of
 from graphprune.rewrite.module import Readings
+from graphprune.rewrite.parts import Parts, calls
 from graphprune.rewrite.state import lookup
 from graphprune.trace import Inputs, run, trace
 
@@ -59,6 +60,7 @@ class _Search:
         self.model, self.inputs, self.coupling, self.plan = model, inputs, coupling, plan
         self.small = readings.small
         self.recorded = coupling.program.source is None
+        self.parts = Parts(model, coupling.program)
         self.changing = [path for path in readings.changing if path]
         self.grafted: dict[str, Forward] = {}
 
@@ -110,12 +112,12 @@ class _Search:
         outermost = [p for p in paths if not any(p.startswith(q + ".") for q in paths)]
         called = calls(self.model, self.inputs, outermost)
         try:
-            made = {p: forward_of(self.model, p, call, self.coupling, self.plan) for p, call in called.items()}
+            made = {p: forward_of(self.parts, p, call, self.coupling, self.plan) for p, call in called.items()}
         except RewriteError:
             if self.coupling.program.source is not None:
                 raise
             self.coupling = exported(self.coupling, self.model, self.inputs)  # a recording notes some ops otherwise
-            made = {p: forward_of(self.model, p, call, self.coupling, self.plan) for p, call in called.items()}
+            made = {p: forward_of(self.parts, p, call, self.coupling, self.plan) for p, call in called.items()}
         self.grafted.update(made)
         self._install(made)
 

@@ -1,0 +1,168 @@
+"""Modules of a model traced on their own: with the arguments that the model calls them with, and sizes left open."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from graphprune.errors import GraphpruneError, RewriteError
+from graphprune.program import Program, Value
+from graphprune.rewrite.state import lookup
+from graphprune.trace import Inputs, run, untouched
+from graphprune.trace.export import OpenDims, export
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a model calls one of its modules.
+
+    Attributes:
+        arguments: in the order of the parameters of its forward, defaults filled in.
+        names: per argument, the expression by which its forward reaches it.
+        open_dims: which sizes follow the batch.
+    """
+
+    arguments: Inputs
+    names: tuple[str, ...]
+    open_dims: OpenDims
+
+
+def calls(model: nn.Module, inputs: Inputs, paths: Sequence[str]) -> dict[str, Call]:
+    """How `model` calls the modules at `paths`, each for the first time, when it is run on `inputs`."""
+    wider = inputs.map(lambda t: torch.cat([t, t]) if t.dim() else t)
+    once, twice = _arguments(model, inputs, paths), {}
+    try:
+        twice = _arguments(model, wider, paths)
+    except Exception:  # the model fixes its batch size; what it traces to then does, too
+        twice = once
+    single = {t.shape[0] for t in inputs.tensors() if t.dim()} == {1}
+    found = {}
+    for path, (arguments, names) in once.items():
+        other = twice[path][0] if path in twice else arguments
+        found[path] = Call(other if single else arguments, names, _differing(arguments, other))
+    return found
+
+
+def _arguments(model: nn.Module, inputs: Inputs, paths: Sequence[str]) -> dict[str, tuple[Inputs, tuple[str, ...]]]:
+    found: dict[str, tuple[Inputs, tuple[str, ...]]] = {}
+    handles = []
+    for path in paths:
+
+        def note(module: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
+            found.setdefault(path, _bound(module, args, kwargs))
+
+        handles.append(lookup(model, path).register_forward_pre_hook(note, with_kwargs=True))
+    try:
+        run(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _bound(module: nn.Module, args: Any, kwargs: Any) -> tuple[Inputs, tuple[str, ...]]:
+    """The arguments of a call by position, and how the forward names them."""
+    bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    bound.apply_defaults()
+    names: list[str] = []
+    for name, parameter in bound.signature.parameters.items():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            names += [f"{name}[{i}]" for i in range(len(bound.arguments[name]))]
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            names += [f"{name}[{key!r}]" for key in bound.arguments[name]]
+        else:
+            names.append(name)
+    return Inputs(bound.args, bound.kwargs), tuple(names)
+
+
+def _differing(a: Inputs, b: Inputs) -> OpenDims:
+    """Which sizes differ; what holds tensors in other ways, such as a cache, is refused later."""
+    pairs = zip(a.tensors(), b.tensors(), strict=False)
+    return [tuple(d for d, (m, n) in enumerate(zip(x.shape, y.shape, strict=False)) if m != n) for x, y in pairs]
+
+
+def named_leaves(call: Call, path: str) -> Iterator[tuple[str, Any]]:
+    """How the forward reaches each leaf of its arguments, and what it was."""
+    held = (*call.arguments.args, *call.arguments.kwargs.values())
+    for name, argument in zip(call.names, held, strict=True):
+        for keys, leaf in pytree.tree_flatten_with_path(argument)[0]:
+            yield name + "".join(_key(k, path) for k in keys), leaf
+
+
+def _key(key: Any, path: str) -> str:
+    if isinstance(key, pytree.SequenceKey):
+        return f"[{key.idx}]"
+    if isinstance(key, pytree.MappingKey):
+        return f"[{key.key!r}]"
+    raise RewriteError(f"{path} takes more than tensors, tuples, lists and dicts")
+
+
+class Parts:
+    """Exports modules of a model on their own; modules that are alike, such as the blocks of a transformer, once.
+
+    Args:
+        model: the original.
+        whole: its program, by whose nodes it is told which modules are alike.
+    """
+
+    def __init__(self, model: nn.Module, whole: Program) -> None:
+        self.model, self.whole = model, whole
+        self._made: dict[Any, Program | RewriteError] = {}
+
+    def program(self, path: str, call: Call) -> Program:
+        """The program of the module at `path` on its own.
+
+        Raises:
+            RewriteError: it cannot be traced.
+        """
+        module = lookup(self.model, path)
+        alike = type(module), _told(self.whole, path), _told_call(call, path), tuple(call.open_dims)
+        if alike not in self._made:
+            try:
+                with untouched(module), torch.no_grad():
+                    self._made[alike] = export(module, call.arguments, call.open_dims)
+            except GraphpruneError as error:
+                self._made[alike] = RewriteError(f"{path} cannot be traced on its own: {error}")
+        made = self._made[alike]
+        if isinstance(made, RewriteError):
+            raise made
+        if any(v.kind == "constant" and not isinstance(lookup(module, v.target), torch.Tensor) for v in made.state):
+            del self._made[alike]  # the code of another module may make other numbers
+        return made
+
+
+def _told(whole: Program, path: str) -> Any:
+    """What the program says about the nodes of a module, but for the names."""
+    numbers: dict[Value, int] = {}
+
+    def told(argument: Any) -> Any:
+        if isinstance(argument, (tuple, list)):
+            return tuple(told(a) for a in argument)
+        if not isinstance(argument, Value):
+            return repr(argument)
+        target = argument.target.removeprefix(path + ".")
+        return numbers.setdefault(argument, len(numbers)), argument.shape, argument.dtype, argument.kind, target
+
+    inside = [n for n in whole.nodes if n.module == path or n.module.startswith(path + ".")]
+    return tuple((n.op, n.module.removeprefix(path), told([*n.arguments.values()]), told(n.outputs)) for n in inside)
+
+
+def _told_call(call: Call, path: str) -> Any:
+    """The arguments of a call, but for the values of tensors.
+
+    Raises:
+        RewriteError: one is more than a function of tensors can take, such as a cache that the module writes to.
+    """
+    plain = (torch.Tensor, type(None), bool, int, float, str)
+    told = []
+    for name, leaf in named_leaves(call, path):
+        if not isinstance(leaf, plain):
+            raise RewriteError(f"{path} is handed a {type(leaf).__name__} as {name}")
+        told.append((name, (leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else repr(leaf)))
+    return tuple(told)
