@@ -74,13 +74,13 @@ def forward_of(parts: Parts, path: str, call: Call, coupling: Coupling, plan: Pl
     _check_open(part.program, call, path)
     wider = dataclasses.replace(call, open_dims=_openable(part, call))
     conditions = _conditions(part, call, path)
-    if wider.open_dims != call.open_dims:
+    if wider.open_dims != call.open_dims and type(module) not in parts.closed:
         try:  # a module that is not bound to the example's resolution or sequence length should not become so
             open_part = _part(coupling, parts.program(path, wider), wider, path)
             conditions = _conditions(open_part, wider, path)
             part, call = open_part, wider
         except RewriteError:
-            pass
+            parts.closed.add(type(module))
     graph_module = part.program.source.module(check_guards=False)
     if any(isinstance(m, fx.GraphModule) for m in graph_module.children()):
         raise RewriteError(f"{path} has regions, such as autocast, that cannot be written as one function")

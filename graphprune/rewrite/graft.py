@@ -47,8 +47,9 @@ def emit_grafted(
     for _ in readings.each(READINGS):
         found = search.graft_until(problem)
         if not found:
-            readings.take_back(problem)
-            return readings.small, search.fewest(problem)
+            grafted = search.fewest(problem)
+            readings.take_back(problem, read=lambda path: not search.covered(path))
+            return readings.small, grafted
         first = first or found
     raise RewriteError(first)
 
@@ -96,7 +97,7 @@ class _Search:
 
     def _blamed(self, stopped: str | None) -> list[str]:
         """The modules to graft next: the one that a run stops in and those like it, or all that may be wrong."""
-        rest = [p for p in self.changing if not self._covered(p)]
+        rest = [p for p in self.changing if not self.covered(p)]
         if stopped is None:
             return rest
         while stopped and stopped not in rest:
@@ -104,7 +105,7 @@ class _Search:
         kind = type(lookup(self.model, stopped))
         return [p for p in rest if type(lookup(self.model, p)) is kind] if stopped else []
 
-    def _covered(self, path: str) -> bool:
+    def covered(self, path: str) -> bool:
         """Whether a module is grafted, or runs inside one that is."""
         return any(path == g or path.startswith(g + ".") for g in self.grafted)
 

@@ -103,13 +103,17 @@ class Readings:
             self._choice = choice
             yield self.small
 
-    def take_back(self, problem: Callable[[nn.Module], str]) -> None:
+    def take_back(self, problem: Callable[[nn.Module], str], read: Callable[[str], bool] = lambda path: True) -> None:
         """Take back every change that the forward does not need: an attribute may equal a size by chance.
 
         Where only one attribute can be meant the change stays: with other arguments the forward may read it.
+
+        Args:
+            problem: what is wrong with a candidate's outputs, empty if nothing.
+            read: whether the forward of the module at a path is its own; another one reads none of its attributes.
         """
         for key, value in zip(self._alike, self._choice, strict=True):
-            if value != key.own and not key.sure:
+            if value != key.own and not key.sure and any(read(slot.module) for slot in self._alike[key]):
                 _write_all(self.small, self._alike[key], key.own)
                 if problem(self.small):
                     _write_all(self.small, self._alike[key], value)

@@ -109,10 +109,14 @@ class Parts:
     Args:
         model: the original.
         whole: its program, by whose nodes it is told which modules are alike.
+
+    Attributes:
+        closed: classes whose modules hold for no more open sizes than the batch, as far as was seen.
     """
 
     def __init__(self, model: nn.Module, whole: Program) -> None:
         self.model, self.whole = model, whole
+        self.closed: set[type] = set()
         self._made: dict[Any, Program | RewriteError] = {}
 
     def program(self, path: str, call: Call) -> Program:
