@@ -97,6 +97,8 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     for name, buffer in model.named_buffers():
         if name.endswith("running_mean"):
             _spread(buffer, -0.2, 0.2, generator)
+        elif name.endswith((".weight", ".bias")):  # of a frozen BatchNorm
+            _spread(buffer, 0.3, 1.0, generator)
         elif name.endswith("running_var"):
             _spread(buffer, 0.5, 1.5, generator)
     return model.eval()
@@ -150,6 +152,8 @@ def kept(whole: torch.Tensor, part: torch.Tensor) -> dict[int, torch.Tensor] | N
         return {}
     ordered, order = whole.flatten().sort()
     positions = [_looked_up(whole, part, d, ordered, order) for d in range(whole.dim())]
+    if any(len(found.unique()) < len(found) for found in positions):
+        return None
     chosen = whole
     for d, found in enumerate(positions):
         chosen = chosen.index_select(d, found)

@@ -266,7 +266,7 @@ TRANSFORMERS: Mapping[str, tuple[str, str, Mapping[str, Any], Callable[[], dict[
     "Mistral": ("MistralForCausalLM", "MistralConfig", _CAUSAL, _tokens),
     "Qwen2": ("Qwen2ForCausalLM", "Qwen2Config", _UNIFORM, _tokens),
     "Gemma": ("GemmaForCausalLM", "GemmaConfig", _CAUSAL, _tokens),
-    "Phi": ("PhiForCausalLM", "PhiConfig", _UNIFORM, _tokens),
+    "Phi": ("PhiForCausalLM", "PhiConfig", _UNIFORM | {"hidden_size": 48}, _tokens),
     "Mixtral": (
         *("MixtralForCausalLM", "MixtralConfig"),
         _CAUSAL | {"num_local_experts": 5, "num_experts_per_tok": 2},

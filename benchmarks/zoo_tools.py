@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
+import logging
 import platform
 import resource
 import time
@@ -61,6 +62,7 @@ def measure(section: str, name: str, tool: str, threads: int, report: Report) ->
     """Build a model, let a tool halve it, check the result; what was found goes to `report` piece by piece."""
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")
+    logging.disable()
     try:
         model, inputs = zoo_models.build(section, name)
     except zoo_models.NotApplicable as reason:

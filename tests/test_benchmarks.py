@@ -93,6 +93,15 @@ def test_values_that_are_not_the_originals_fail_the_check():
     assert "2.weight ([5, 3] of [5, 6])" in found.why
 
 
+def test_positions_are_found_in_any_number_of_dims_and_not_where_values_are_all_the_same():
+    whole = torch.randn(2, 7, 5, 3, generator=torch.Generator().manual_seed(0))
+    found = zoo_check.kept(whole, whole[:, [0, 3, 6]][:, :, [1, 4]])
+    assert {d: p.tolist() for d, p in found.items()} == {1: [0, 3, 6], 2: [1, 4]}
+    assert zoo_check.kept(whole, whole) == {}
+    assert zoo_check.kept(whole[0], whole[1, :3]) is None
+    assert zoo_check.kept(torch.ones(7), torch.ones(3)) is None
+
+
 def test_removing_nothing_fails_the_check():
     found = zoo_check.check(*halved(list(range(6)), list(range(6))), VECTOR)
     assert found.error == 0
