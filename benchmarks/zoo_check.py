@@ -26,7 +26,7 @@ SMALL = 2**20
 
 @dataclass(frozen=True)
 class Arguments:
-    """What one forward call is given."""
+    """What one forward call is given: positional arguments, or keyword arguments."""
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] | None = None
@@ -97,6 +97,8 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     for name, buffer in model.named_buffers():
         if name.endswith("running_mean"):
             _spread(buffer, -0.2, 0.2, generator)
+        elif name.endswith((".weight", ".bias")):  # of a frozen BatchNorm
+            _spread(buffer, 0.3, 1.0, generator)
         elif name.endswith("running_var"):
             _spread(buffer, 0.5, 1.5, generator)
     return model.eval()
@@ -150,6 +152,8 @@ def kept(whole: torch.Tensor, part: torch.Tensor) -> dict[int, torch.Tensor] | N
         return {}
     ordered, order = whole.flatten().sort()
     positions = [_looked_up(whole, part, d, ordered, order) for d in range(whole.dim())]
+    if any(len(found.unique()) < len(found) for found in positions):
+        return None
     chosen = whole
     for d, found in enumerate(positions):
         chosen = chosen.index_select(d, found)
@@ -244,16 +248,23 @@ def check(model: nn.Module, pruned: nn.Module, inputs: Arguments) -> Checked:
 
 def compare(model: nn.Module, reference: nn.Module, pruned: nn.Module, inputs: Arguments) -> tuple[float, float, str]:
     """Error and effect, in float64 where all three models run in it."""
+    models = (reference, pruned, model)
     try:
         wide = inputs.map(lambda t: t.double() if t.is_floating_point() else t)
-        raised = [copy.deepcopy(m).double() for m in (reference, pruned, model)]
-        with _Rounded() as rounded:
-            want, got, dense = (outputs(m, wide) for m in raised)
+        rounded = _Rounded()
+        want, got, dense = (_raised_outputs(m, wide, rounded) for m in models)
         precision = "float64 with parts in float32" if rounded.seen else "float64"
     except Exception:  # code that states float32; all are compared as they are
-        want, got, dense = (outputs(m, inputs) for m in (reference, pruned, model))
+        want, got, dense = (outputs(m, inputs) for m in models)
         precision = "float32"
     return difference(got, want, dense), difference(want, dense, want), precision
+
+
+def _raised_outputs(model: nn.Module, inputs: Arguments, rounded: _Rounded) -> list[torch.Tensor]:
+    """The outputs of a float64 copy, which is gone when the next one is made."""
+    raised = copy.deepcopy(model).double()
+    with rounded:
+        return outputs(raised, inputs)
 
 
 class _Rounded(TorchDispatchMode):

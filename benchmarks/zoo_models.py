@@ -122,11 +122,11 @@ def _torchvision(name: str) -> tuple[nn.Module, Any]:
     if plain in models.list_models(module=models.segmentation):
         return models.get_model(plain, weights_backbone=None, **none), _sizes(128, 1, 3)
     if plain in models.list_models(module=models.video):
-        size = 224 if plain.startswith("mvit") else 64
+        size = 224 if plain.startswith(("mvit", "s3d")) else 64
         return models.get_model(plain, **none), images(1, 3, 16, size, size)
     if plain in models.list_models(module=models.optical_flow):
         pair = images(2, 1, 3, 128, 128).args[0]
-        return models.get_model(plain, **none), Arguments((*pair,), {"num_flow_updates": 2})
+        return models.get_model(plain, **none), Arguments((*pair, 2))  # updates of the flow
     if plain.startswith("vit"):  # the size is a multiple of the patch, which the name ends with
         size = 4 * int(plain.rsplit("_", 1)[-1])
         return models.get_model(plain, image_size=size, **none), images(1, 3, size, size)
@@ -266,7 +266,7 @@ TRANSFORMERS: Mapping[str, tuple[str, str, Mapping[str, Any], Callable[[], dict[
     "Mistral": ("MistralForCausalLM", "MistralConfig", _CAUSAL, _tokens),
     "Qwen2": ("Qwen2ForCausalLM", "Qwen2Config", _UNIFORM, _tokens),
     "Gemma": ("GemmaForCausalLM", "GemmaConfig", _CAUSAL, _tokens),
-    "Phi": ("PhiForCausalLM", "PhiConfig", _UNIFORM, _tokens),
+    "Phi": ("PhiForCausalLM", "PhiConfig", _UNIFORM | {"hidden_size": 48}, _tokens),
     "Mixtral": (
         *("MixtralForCausalLM", "MixtralConfig"),
         _CAUSAL | {"num_local_experts": 5, "num_experts_per_tok": 2},

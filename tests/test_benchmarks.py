@@ -93,6 +93,15 @@ def test_values_that_are_not_the_originals_fail_the_check():
     assert "2.weight ([5, 3] of [5, 6])" in found.why
 
 
+def test_positions_are_found_in_any_number_of_dims_and_not_where_values_are_all_the_same():
+    whole = torch.randn(2, 7, 5, 3, generator=torch.Generator().manual_seed(0))
+    found = zoo_check.kept(whole, whole[:, [0, 3, 6]][:, :, [1, 4]])
+    assert {d: p.tolist() for d, p in found.items()} == {1: [0, 3, 6], 2: [1, 4]}
+    assert zoo_check.kept(whole, whole) == {}
+    assert zoo_check.kept(whole[0], whole[1, :3]) is None
+    assert zoo_check.kept(torch.ones(7), torch.ones(3)) is None
+
+
 def test_removing_nothing_fails_the_check():
     found = zoo_check.check(*halved(list(range(6)), list(range(6))), VECTOR)
     assert found.error == 0
@@ -201,6 +210,7 @@ def test_the_summary_counts_what_the_records_say(tmp_path):
     good = {"runs": True, "same_shape": True, "exact": True, "error": 1e-15, "effect": 0.5, "why": ""}
     seconds = {"trace": 0.25, "couple": 0.125, "plan": 0.0625, "rewrite": 0.0625, "verify": 1.0}
     proved = {"halved": True, "verified": {"error": 2e-14}, "emitter": "module", "traced": True, "seconds": seconds}
+    misread = {k: v for k, v in seconds.items() if k != "verify"} | {"unverified": 3.0}
     results = zoo_run.Results(tmp_path / "zoo.json", "transformers")
     results.data["environment"] = dict.fromkeys(("limit_s", "peer_limit_s", "memory_gib"), 1.0) | {
         "jobs": 1, "cpus": 2, "machine": "m"
@@ -208,16 +218,18 @@ def test_the_summary_counts_what_the_records_say(tmp_path):
     results.put(record("fast", check=good, **proved))
     results.put(record("slow", check=good, **proved))
     results.put(record("unproved", check=good, **(proved | {"halved": False})))
+    results.put(record("misread", check=good, **(proved | {"seconds": misread})))
     results.put(record("late", error="trace: not done after 1 s"))
     results.put(record("odd", skipped="no channels"))
     results.put(record("fast", "torch-pruning", check=good, seconds={"build": 0.5, "prune": 0.25}))
     results.put(record("slow", "torch-pruning", check=good, seconds={"build": 0.125, "prune": 0.125}))
+    results.put(record("misread", "torch-pruning", check=good, seconds={"build": 1.0, "prune": 1.0}))
     results.put(record("unproved", "torch-pruning", check=good | {"exact": False}, seconds={"build": 9, "prune": 9}))
     text = zoo_table.text([results])
-    assert "| transformers | graphprune | 4 | 3 | 3 | 2 | 1 |" in text
-    assert "| transformers | torch-pruning | 3 | 3 | 3 | 2 | 0 |" in text
-    assert "module 2; largest relative error 2.0e-14; traced 3 of 4" in text
-    assert "| transformers | same shape | 3 | 2 | 1 | 1.000 | 0.500 | 1.000 | 0.500 |" in text
-    assert "| transformers | exact | 2 | 2 | 1 | 1.000 | 0.500 | 1.000 | 0.500 |" in text
+    assert "| transformers | graphprune | 5 | 4 | 4 | 3 | 1 |" in text
+    assert "| transformers | torch-pruning | 4 | 4 | 4 | 3 | 0 |" in text
+    assert "module 3; largest relative error 2.0e-14; traced 4 of 5" in text
+    assert "| transformers | same shape | 4 | 3 | 1 | 4.000 | 0.500 | 3.000 | 0.750 |" in text
+    assert "| transformers | exact | 3 | 3 | 1 | 4.000 | 0.500 | 3.000 | 0.750 |" in text
     assert "* late: trace: not done after 1 s" in text
     assert "* unproved: not every group was halved" in text
