@@ -1,4 +1,4 @@
-"""Plans written by hand for a tiny Llama and DeiT: what each group is, shape by shape, and that its removal is exact."""
+"""Plans written by hand for Llama, DeiT, ResNet-56 and a GRU: what each group is, shape by shape, removed exactly."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 import graphprune as gp
 from graphprune.pruning import emit_verified
-from tests.nets import randomised
+from tests.nets import CifarResNet, randomised
 from tests.zoo.tiny import causal, hf, tokens
 
 LAYERS = range(2)
@@ -218,3 +218,85 @@ def test_deit_loses_width_of_its_residual_stream_when_norms_may_be_pruned(deit):
     assert shapes["blocks.1.mlp.fc2.weight"] == (150, 768)
     assert shapes["head.weight"] == (1000, 150)
     assert set(shapes) == {f"{m.name}" for m in coupling.group("patch_embed.proj").members}
+
+
+# -- ResNet-56: 9 blocks a stage, shortcuts that pad the channels they lack with zeros ------------------------------
+
+
+@pytest.fixture
+def resnet56() -> nn.Module:
+    torch.manual_seed(0)
+    return randomised(CifarResNet(9)).eval()
+
+
+def test_resnet56_loses_inner_channels_of_two_blocks(resnet56):
+    keep = {"layer1.4.conv1": [0, 3, 5, 15], "layer3.8.conv1": list(range(1, 64, 3))}
+    small, emitter, _, _ = carried_out(resnet56, torch.rand(2, 3, 32, 32), keep)
+    assert emitter == "module"
+    inner = {name: shape for name, shape in changed(resnet56, small).items() if "bn" not in name}
+    assert inner == {
+        "layer1.4.conv1.weight": (4, 16, 3, 3),
+        "layer1.4.conv2.weight": (16, 4, 3, 3),
+        "layer3.8.conv1.weight": (21, 64, 3, 3),
+        "layer3.8.conv2.weight": (64, 21, 3, 3),
+    }
+
+
+def test_resnet56_loses_channels_that_its_second_stage_adds(resnet56):
+    keep = {"layer2.0.conv2[0:8]": [1, 6]}
+    small, emitter, _, _ = carried_out(resnet56, torch.rand(2, 3, 32, 32), keep)
+    assert emitter == "graft"  # the shortcut of one block pads unequally from now on, its code does so equally
+    shapes = changed(resnet56, small)
+    assert {shapes[f"layer2.{k}.conv2.weight"] for k in range(9)} == {(32 - 6, 32, 3, 3)}
+    assert shapes["layer3.0.conv1.weight"] == (64, 32 - 6, 3, 3)
+    assert {shapes[f"layer3.{k}.conv2.weight"] for k in range(9)} == {
+        (64 - 6, 64, 3, 3)
+    }  # its shortcut carries them on
+    assert not any(name.startswith("layer1.") for name in shapes)
+
+
+def test_resnet56_loses_channels_of_its_whole_residual_stream(resnet56):
+    small, emitter, _, _ = carried_out(resnet56, torch.rand(2, 3, 32, 32), {"conv1": [0, 2, 3, 7, 11]})
+    assert emitter == "module"
+    shapes = changed(resnet56, small)
+    for stage, width in ((1, 16), (2, 32), (3, 64)):
+        assert {shapes[f"layer{stage}.{k}.conv2.weight"] for k in range(9)} == {(width - 11, width, 3, 3)}
+    assert shapes["linear.weight"] == (10, 64 - 11)
+
+
+# -- GRU: two layers in two directions that share one hidden size -----------------------------------------------------
+
+
+class Reader(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.gru = nn.Embedding(23, 7), nn.GRU(7, 5, num_layers=2, bidirectional=True, batch_first=True)
+        self.last = nn.Linear(2 * 5, 3)
+
+    def forward(self, tokens):
+        return self.last(self.gru(self.words(tokens))[0].mean(1))
+
+
+def test_a_gru_loses_hidden_units():
+    torch.manual_seed(0)
+    model = Reader().eval()
+    small, emitter, _, _ = carried_out(model, torch.arange(18).reshape(2, 9), {"gru.weight_ih_l0:3x[5]": [0, 2, 3]})
+    assert emitter == "module"
+    shapes = changed(model, small)
+    assert shapes["gru.weight_ih_l0"] == (3 * 3, 7)
+    assert shapes["gru.weight_hh_l1_reverse"] == (3 * 3, 3)
+    assert shapes["gru.weight_ih_l1"] == (3 * 3, 2 * 3)
+    assert shapes["last.weight"] == (3, 2 * 3)
+    assert small.gru.hidden_size == 3
+
+
+def test_a_gru_loses_features_of_its_input():
+    torch.manual_seed(0)
+    model = Reader().eval()
+    small, emitter, _, _ = carried_out(model, torch.arange(18).reshape(2, 9), {"words.dim1": [0, 2, 3, 6]})
+    assert emitter == "module"
+    assert changed(model, small) == {
+        "words.weight": (23, 4),
+        "gru.weight_ih_l0": (15, 4),
+        "gru.weight_ih_l0_reverse": (15, 4),
+    }
