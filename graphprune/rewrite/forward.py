@@ -98,9 +98,12 @@ def _part(coupling: Coupling, program: Program, call: Call, path: str) -> Coupli
     dims: dict[Value, Dims] = {}
     met: dict[Value, Value] = {}
     applied: dict[str, Applied] = {}
+    wholes: list[tuple[Value, Value]] = []
     for own, other in _aligned(program, coupling.program, path):
         if other is None:
-            dims[own.outputs[0]] = dims[next(own.values())]
+            wholes.append((next(own.values()), own.outputs[0]))
+            if wholes[-1][0] in dims:
+                dims[own.outputs[0]] = dims[wholes[-1][0]]
             continue
         for mine, theirs in zip((*own.values(), *own.outputs), (*other.values(), *other.outputs), strict=True):
             if met.setdefault(mine, theirs) is not theirs and mine.kind in ("parameter", "buffer"):
@@ -110,6 +113,9 @@ def _part(coupling: Coupling, program: Program, call: Call, path: str) -> Coupli
             dims[mine] = coupling.dims[theirs]
         if other.name in coupling.applied:
             applied[own.name] = coupling.applied[other.name]
+    for whole, taken in reversed(wholes):  # an input that is read through such a slice only
+        if taken in dims:
+            dims.setdefault(whole, dims[taken])
     same: dict[int, list[Value]] = {}
     for value, tensor in zip(program.inputs, call.arguments.tensors(), strict=True):
         same.setdefault(id(tensor), []).append(value)

@@ -281,3 +281,25 @@ def test_the_fast_path_of_a_transformer_layer_computes_the_same():
     with torch.no_grad():  # outside of `run`, so the fast path is on
         assert difference([result.model(*x.args)], want) < 1e-5
         assert difference([model(*x.args)], want) > 1e-3
+
+
+class Pooled(nn.Module):
+    """Reads what it is given through slices only: with an open batch size they are noted, with a fixed one they are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.kv, self.proj = nn.Linear(24, 24), nn.Linear(24, 48), nn.Linear(24, 3)
+
+    def forward(self, x):
+        q = self.q(x[:, 0]).reshape(-1, 1, 3, 8).transpose(1, 2)
+        k, v = self.kv(x[:, 1:]).reshape(x.shape[0], -1, 2, 3, 8).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(-1, 24))
+
+
+def test_slices_that_take_everything_do_not_hide_the_input():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 24), Pooled()).eval()
+    result = half(model, torch.rand(2, 9, 5))
+    assert result.report.grafts == ("1",)
+    x = gp.Inputs((torch.rand(3, 6, 5),))
+    assert difference(run(result.model, x), run_zeroed(model, result.plan, x)) < 1e-5
