@@ -150,7 +150,9 @@ def summary(sections: Sequence[Results]) -> list[str]:
         lines.append(
             f"* {results.data['section']}: {emitted}; largest relative error {largest}; "
             f"traced {sum(bool(r.get('traced')) for r in tried)} of {len(tried)}; ops without a rule: {spelt}; "
-            f"parts of parameters pinned by them: {pins}"
+            f"parts of parameters pinned by them: {pins}; recorded rather than exported: "
+            f"{sum(r.get('front_end') == 'record' for r in tried)} of {len(tried)}; same groups when exported: "
+            f"{sum(r.get('same_groups') is True for r in tried)} of {sum('same_groups' in r for r in tried)}"
         )
     return [*lines, "", *speed(sections), ""]
 
@@ -202,13 +204,16 @@ def own_table(results: Results) -> list[str]:
                 number(proof.get("error"), ".1e"),
                 "yes" if exact(r) else "-" if not attempted(r) else "no",
                 r.get("emitter", "-"),
-                *(number(r.get("seconds", {}).get(step)) for step in (*STEPS, "unverified", "prune")),
+                *(number(r.get("seconds", {}).get(step)) for step in (*STEPS, "prune", "export")),
+                r.get("front_end", "-"),
+                {True: "yes", False: "NO"}.get(r.get("same_groups"), "-"),
                 unknown,
                 r.get("pinned", "-"),
             ]
         )
     head = ["model", "M params", "traced", "groups", "params kept", "error", "error, its own proof", "exact", "emitter"]
-    return [*table([*head, *STEPS, "prune, unverified", "prune", "unknown ops", "pinned axes"], rows), ""]
+    more = ["prune", "export", "front end", "same groups when exported", "unknown ops", "pinned axes"]
+    return [*table([*head, *STEPS, *more], rows), ""]
 
 
 def reasons(results: Results) -> list[str]:

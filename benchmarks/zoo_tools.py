@@ -120,18 +120,21 @@ class Steps:
 # -- graphprune --------------------------------------------------------------------------------------------------
 
 
+MISREAD = "unchecked_error"
+
+
 def graphprune(model: nn.Module, inputs: Arguments, report: Report) -> nn.Module | None:
     """Half of every exact group, by magnitude.
 
     The steps are timed on their first run. `rewrite` is the emitter that `gp.prune` chose, without any check; `prune`
-    is `gp.prune` with its proof and `unverified` without. Where several readings of the model's attributes fit,
-    `rewrite` without a check may take a wrong one: then `verify` says so and has no time.
+    is `gp.prune` with its proof. Where several readings of the model's attributes fit, `rewrite` without a check may
+    take a wrong one: then `verify` says so and has no time, and `unverified` is `gp.prune` without its proof.
     """
     steps, given = Steps(report), gp.Inputs.of(inputs.example())
     program = steps.run("trace", lambda: gp.trace(model, given))
     coupling = steps.run("couple", lambda: gp.couple(program))
     if coupling is not None:
-        report(about(coupling))
+        report(about(coupling) | {"front_end": "record" if program.source is None else "export"})
         if not coupling.groups:
             report({"error": "couple: no channels may be removed"})
             return None
@@ -152,9 +155,16 @@ def graphprune(model: nn.Module, inputs: Arguments, report: Report) -> nn.Module
     )
     emitter = result.report.emitter
     small = steps.run("rewrite", lambda: gp.rewrite(model, given, coupling, plan, emit=emitter).model)
-    steps.run("unverified", lambda: gp.prune(model, given, target=TARGET, verify=False))
-    if small is not None:
-        steps.run("verify", lambda: gp.verify(model, small, given, coupling, plan), "unchecked_error")
+    if (
+        small is not None
+        and steps.run("verify", lambda: gp.verify(model, small, given, coupling, plan), MISREAD) is None
+    ):
+        steps.failed = ""
+        steps.run("unverified", lambda: gp.prune(model, given, target=TARGET, verify=False))
+    steps.failed = ""
+    exported = steps.run("export", lambda: gp.trace(model, given, front_end="export"), "export_error")
+    if exported is not None:
+        report({"same_groups": coupling.alike(gp.couple(exported))})
     return result.model
 
 
