@@ -178,7 +178,7 @@ def retold(module: nn.Module, source: str) -> None:
 
 def source_of(module: nn.Module) -> str:
     """The source of a grafted module's forward; empty for any other."""
-    return str(getattr(type(module), "graft", ""))
+    return str(vars(type(module)).get("__graft__", ""))
 
 
 def _base(module: nn.Module) -> type[nn.Module]:
@@ -199,7 +199,7 @@ def _grafted(base: type[nn.Module], source: str) -> type[nn.Module]:
     exec(compile(source, file, "exec"), names)
     body: Mapping[str, Any] = {
         "forward": names["forward"],
-        "graft": source,
+        "__graft__": source,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__reduce_ex__": _reduced,
