@@ -33,6 +33,7 @@ from graphprune.trace.export import OpenDims
 NAMESPACE: Mapping[str, Any] = {
     "torch": torch,
     "device": torch.device,
+    "getattr": getattr,
     "inf": math.inf,
     "nan": math.nan,
 }

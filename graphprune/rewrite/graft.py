@@ -100,10 +100,13 @@ class _Search:
         rest = [p for p in self.changing if not self.covered(p)]
         if stopped is None:
             return rest
-        while stopped and stopped not in rest:
-            stopped = stopped.rpartition(".")[0]
-        kind = type(lookup(self.model, stopped))
-        return [p for p in rest if type(lookup(self.model, p)) is kind] if stopped else []
+        inside = stopped
+        while inside and inside not in rest:
+            inside = inside.rpartition(".")[0]
+        if not inside:  # where it stops no size changes, so what it was given may be wrong
+            return rest if stopped else []
+        kind = type(lookup(self.model, inside))
+        return [p for p in rest if type(lookup(self.model, p)) is kind]
 
     def covered(self, path: str) -> bool:
         """Whether a module is grafted, or runs inside one that is."""

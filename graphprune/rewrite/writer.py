@@ -131,6 +131,8 @@ class Writer:
             source, dim = node.args
             assert isinstance(source, fx.Node)
             assert isinstance(dim, int)
+            if source.op == "placeholder":  # its name differs where that is a Python name, such as `input`
+                return self.width(self.coupling.dims[self.values[str(source.target)]][dim])
             value = self.values.get(prefix + source.name) or self.values[source.name]
             return self.width(self.coupling.dims[value][dim])
         if getattr(node.target, "__module__", "") in ("_operator", "operator", "math"):

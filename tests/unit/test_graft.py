@@ -269,6 +269,34 @@ def test_tensors_that_the_code_makes_are_sliced_and_are_not_saved():
     assert torch.equal(held, torch.tensor([0.5, 1.0, 1.5, 2.0, 2.5, 3.0])[kept])
 
 
+class Doubled(nn.Module):
+    """Pads by a number in its Python, on both sides."""
+
+    def forward(self, x):
+        return F.pad(x, (2, 2))
+
+
+def test_where_a_module_stops_that_is_right_the_ones_before_it_are_grafted():
+    torch.manual_seed(0)
+    result = half(nn.Sequential(nn.Linear(5, 6), Doubled(), nn.Linear(10, 3)).eval(), torch.rand(2, 5))
+    assert result.report.grafts == ("1",)
+
+
+class Starts(nn.Module):
+    """Makes what it adds to, with the width in its Python."""
+
+    def forward(self, x):
+        return torch.zeros(x.shape[0], 6).add(x)
+
+
+def test_zeros_that_the_code_makes_follow_the_device_of_the_input():
+    torch.manual_seed(0)
+    result = half(nn.Sequential(nn.Linear(5, 6), Starts(), nn.Linear(6, 3)).eval(), torch.rand(2, 5))
+    assert result.report.grafts == ("1",)
+    assert "x.device" in source_of(result.model[1])
+    assert result.model.to("meta")(torch.rand(7, 5, device="meta")).shape == (7, 3)
+
+
 def test_the_fast_path_of_a_transformer_layer_computes_the_same():
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(24, 4, 40, batch_first=True)

@@ -74,6 +74,20 @@ def test_a_layer_loses_the_units_named_and_its_input(kind, emit):
     assert plan.kept["rnn.weight_ih_l0"][0].tolist() == [8 * k + i for k in range(gates // 3) for i in (0, 3, 7)]
 
 
+class Named(Tagger):
+    """Its argument is called what Python calls a function."""
+
+    def forward(self, input):
+        return super().forward(input)
+
+
+def test_an_argument_may_be_called_input():
+    torch.manual_seed(0)
+    keep = {"enter": [1, 4, 5], "rnn.weight_ih_l0:4x[8]": [0, 3, 7]}
+    small, _ = carried_out(Named(nn.LSTM(6, 8, batch_first=True), 8), torch.rand(2, 4, 3), keep, "graph")
+    assert small(torch.rand(7, 4, 3)).shape == (7, 4, 5)
+
+
 def test_a_projection_is_a_group_of_its_own():
     torch.manual_seed(0)
     model = Tagger(nn.LSTM(6, 8, 2, proj_size=4, bidirectional=True), 8)
