@@ -122,3 +122,101 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         weights = (q @ k.transpose(-2, -1) * self.scale).softmax(-1)
         return x + self.proj((weights @ v).transpose(1, 2).reshape(b, n, self.heads * self.head_dim))
+
+
+class ConvUnit(nn.Sequential):
+    """Convolution, batch norm, SiLU."""
+
+    def __init__(self, i: int, o: int, kernel: int = 1, stride: int = 1) -> None:
+        super().__init__(nn.Conv2d(i, o, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(o), nn.SiLU())
+
+
+class Bottleneck(nn.Module):
+    """Two convolutions and the input."""
+
+    def __init__(self, channels: int, shortcut: bool) -> None:
+        super().__init__()
+        self.cv1, self.cv2, self.shortcut = ConvUnit(channels, channels, 3), ConvUnit(channels, channels, 3), shortcut
+
+    def forward(self, x):
+        y = self.cv2(self.cv1(x))
+        return x + y if self.shortcut else y
+
+
+class C2f(nn.Module):
+    """Two halves; a chain of bottlenecks starts from the second; all of them concatenated."""
+
+    def __init__(self, i: int, o: int, depth: int, shortcut: bool) -> None:
+        super().__init__()
+        self.cv1, self.cv2 = ConvUnit(i, o), ConvUnit((2 + depth) * (o // 2), o)
+        self.m = nn.ModuleList(Bottleneck(o // 2, shortcut) for _ in range(depth))
+
+    def forward(self, x):
+        parts = list(self.cv1(x).chunk(2, 1))
+        parts.extend(m(parts[-1]) for m in self.m)
+        return self.cv2(torch.cat(parts, 1))
+
+
+class SPPF(nn.Module):
+    """Three poolings in a row, concatenated with what they pool."""
+
+    def __init__(self, i: int, o: int) -> None:
+        super().__init__()
+        self.cv1, self.cv2 = ConvUnit(i, i // 2), ConvUnit(2 * i, o)
+        self.pool = nn.MaxPool2d(5, 1, 2)
+
+    def forward(self, x):
+        x = self.cv1(x)
+        a = self.pool(x)
+        b = self.pool(a)
+        return self.cv2(torch.cat([x, a, b, self.pool(b)], 1))
+
+
+class DecoupledHead(nn.Module):
+    """Per scale one branch for boxes and one for classes; each side of a box is the mean of a distribution over bins."""
+
+    def __init__(self, widths: tuple[int, ...], classes: int = 5, bins: int = 16, inner: int = 12) -> None:
+        super().__init__()
+        self.classes, self.bins = classes, bins
+        self.cv2 = nn.ModuleList(self._branch(w, inner, 4 * bins) for w in widths)
+        self.cv3 = nn.ModuleList(self._branch(w, inner + 2, classes) for w in widths)
+        self.dfl = nn.Conv2d(bins, 1, 1, bias=False).requires_grad_(False)
+        self.dfl.weight.data[:] = torch.arange(bins, dtype=torch.float).view(1, bins, 1, 1)
+
+    @staticmethod
+    def _branch(i: int, inner: int, o: int) -> nn.Sequential:
+        return nn.Sequential(ConvUnit(i, inner, 3), ConvUnit(inner, inner, 3), nn.Conv2d(inner, o, 1))
+
+    def forward(self, maps):
+        b, outputs = maps[0].shape[0], 4 * self.bins + self.classes
+        found = [torch.cat([box(x), kind(x)], 1) for x, box, kind in zip(maps, self.cv2, self.cv3, strict=True)]
+        found = torch.cat([x.view(b, outputs, -1) for x in found], 2)
+        sides, scores = found.split([4 * self.bins, self.classes], 1)
+        sides = sides.view(b, 4, self.bins, -1).transpose(2, 1).softmax(1)
+        return torch.cat([self.dfl(sides).view(b, 4, -1), scores.sigmoid()], 1)
+
+
+class Yolo(nn.Module):
+    """Backbone, pyramid up and down again, and a decoupled head on three scales."""
+
+    def __init__(self, w: int = 8, depth: int = 2) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(ConvUnit(3, w, 3, 2), ConvUnit(w, 2 * w, 3, 2), C2f(2 * w, 2 * w, 1, True))
+        self.p3 = nn.Sequential(ConvUnit(2 * w, 4 * w, 3, 2), C2f(4 * w, 4 * w, depth, True))
+        self.p4 = nn.Sequential(ConvUnit(4 * w, 6 * w, 3, 2), C2f(6 * w, 6 * w, depth, True))
+        self.p5 = nn.Sequential(ConvUnit(6 * w, 8 * w, 3, 2), C2f(8 * w, 8 * w, 1, True), SPPF(8 * w, 8 * w))
+        self.up = nn.Upsample(scale_factor=2)
+        self.up4, self.up3 = C2f(14 * w, 6 * w, 1, False), C2f(10 * w, 4 * w, 1, False)
+        self.to4, self.to5 = ConvUnit(4 * w, 4 * w, 3, 2), ConvUnit(6 * w, 6 * w, 3, 2)
+        self.down4, self.down5 = C2f(10 * w, 6 * w, 1, False), C2f(14 * w, 8 * w, 1, False)
+        self.head = DecoupledHead((4 * w, 6 * w, 8 * w))
+
+    def forward(self, x):
+        c3 = self.p3(self.stem(x))
+        c4 = self.p4(c3)
+        c5 = self.p5(c4)
+        n4 = self.up4(torch.cat([self.up(c5), c4], 1))
+        n3 = self.up3(torch.cat([self.up(n4), c3], 1))
+        m4 = self.down4(torch.cat([self.to4(n3), n4], 1))
+        m5 = self.down5(torch.cat([self.to5(m4), c5], 1))
+        return self.head([n3, m4, m5])

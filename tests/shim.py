@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from typing import Any
 
 import torch
@@ -31,6 +33,10 @@ def install() -> None:
                 if name in _STAND_INS:
                     library.impl(name, _STAND_INS[name], "CompositeExplicitAutograd")
         _library.append(library)
+        importlib.import_module("torchvision.models.detection")
+        for name, module in sys.modules.items():
+            if name.startswith("torchvision.") and hasattr(module, "_has_ops"):
+                module._has_ops = lambda: True  # or it refuses to run, or compiles an implementation of its own
 
 
 def _nms(boxes: torch.Tensor, scores: torch.Tensor, threshold: float) -> torch.Tensor:
@@ -56,7 +62,7 @@ def _roi_align(image, boxes, scale: float, rows: int, columns: int, samples: int
         grid = torch.stack(torch.meshgrid(*axes, indexing="ij")[::-1], dim=-1)[None]
         found = F.grid_sample(image[int(box[0])][None], grid, padding_mode="border", align_corners=True)
         out.append(F.avg_pool2d(found, samples)[0])
-    return torch.stack(out)
+    return torch.stack(out) if out else image.new_zeros(0, image.shape[1], rows, columns)
 
 
 def _deform_conv2d(image, weight, offset, mask, bias, *options: Any) -> torch.Tensor:

@@ -18,6 +18,8 @@ def test_every_python_block_runs_in_order(capsys):
     printed = capsys.readouterr().out
     assert "graphprune: Sequential, requested macs 0.5" in printed
     assert "goes with" in printed
+    assert type(scope["smaller"]) is type(scope["detector"])
+    assert scope["boxes"].shape[1] == 4  # type: ignore[attr-defined]
     assert scope["small"][0].out_channels == 4  # type: ignore[index]
 
 

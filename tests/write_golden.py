@@ -6,7 +6,7 @@ import torch
 
 import graphprune as gp
 from tests import shim
-from tests.nets import Attention, CifarResNet, DenseBlock, UNet
+from tests.nets import Attention, CifarResNet, DenseBlock, UNet, Yolo
 from tests.unit.test_coupling import GOLDEN, coupled, lines
 from tests.zoo.test_transformers import KINDS, built, kinds
 from tests.zoo.tiny import TINY
@@ -15,6 +15,7 @@ NETS = {
     "cifar_resnet20": lambda: (CifarResNet(3), torch.rand(1, 3, 32, 32)),
     "unet": lambda: (UNet(), torch.rand(1, 3, 16, 16)),
     "dense_block": lambda: (DenseBlock(3), torch.rand(1, 3, 8, 8)),
+    "yolo": lambda: (Yolo(), torch.rand(1, 3, 64, 64)),
     "attention": lambda: (Attention(), torch.rand(2, 7, 30)),
 }
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import graphprune as gp
-from tests.nets import Attention, CifarResNet, DenseBlock, UNet
+from tests.nets import Attention, CifarResNet, DenseBlock, UNet, Yolo
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -40,6 +40,7 @@ def lines(coupling):
         ("cifar_resnet20", lambda: (CifarResNet(3), torch.rand(1, 3, 32, 32))),
         ("unet", lambda: (UNet(), torch.rand(1, 3, 16, 16))),
         ("dense_block", lambda: (DenseBlock(3), torch.rand(1, 3, 8, 8))),
+        ("yolo", lambda: (Yolo(), torch.rand(1, 3, 64, 64))),
         ("attention", lambda: (Attention(), torch.rand(2, 7, 30))),
     ],
 )

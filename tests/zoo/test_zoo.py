@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import graphprune as gp
-from tests.nets import CifarResNet, UNet, randomised
+from tests.nets import CifarResNet, UNet, Yolo, randomised
 
 images = functools.partial(torch.rand, generator=torch.Generator().manual_seed(0))
 
@@ -66,7 +66,12 @@ ZOO: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "swin_t": torchvision("swin_t"),
     "deeplabv3_resnet50": torchvision("deeplabv3_resnet50", weights_backbone=None, num_classes=5),
     "fcn_resnet50": torchvision("fcn_resnet50", weights_backbone=None, num_classes=5, aux_loss=True),
+    "deeplabv3_mobilenet": torchvision(
+        "deeplabv3_mobilenet_v3_large", weights_backbone=None, num_classes=5, aux_loss=True
+    ),
+    "lraspp_mobilenet": torchvision("lraspp_mobilenet_v3_large", weights_backbone=None, num_classes=5),
     "unet": lambda: (UNet(), images(2, 3, 16, 16)),
+    "yolo": lambda: (Yolo(), images(2, 3, 64, 64)),
     "cifar_resnet56": lambda: (CifarResNet(9), images(2, 3, 32, 32)),
     "deit_tiny": timm("deit_tiny_patch16_224", img_size=32, depth=3),
     "swin_tiny": timm("swin_tiny_patch4_window7_224", img_size=56, window_size=7),
