@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from graphprune.program import Node, Program
-from graphprune.trace import Inputs, nested_graph
+from graphprune.trace import Inputs, nested_graph, same_random_numbers
 
 Watch = Callable[[Node, Any], None]
 """Called with each node and its result."""
@@ -45,11 +45,17 @@ def interpret(
             constant = not isinstance(spec.arg, torch.export.graph_signature.TensorArgument)
             operands.append(getattr(spec.arg, "value", None) if constant else next(given))
         else:
-            operands.append(state[spec.target] if spec.target in state else exported.constants[spec.target])
+            held = state[spec.target] if spec.target in state else exported.constants[spec.target]
+            operands.append(held if spec.kind.name == "PARAMETER" else _apart(held))
     nodes = {node.name: node for node in program.nodes}
-    with torch.no_grad():
+    with torch.no_grad(), same_random_numbers():
         outputs = _Runner(exported.graph_module, nodes, "", watch, stand_in).run(*operands)
     return [o for o in outputs if isinstance(o, torch.Tensor)]
+
+
+def _apart(held: Any) -> Any:
+    """What a graph may write to without changing the model."""
+    return held.clone() if isinstance(held, torch.Tensor) else held
 
 
 class _Runner(fx.Interpreter):

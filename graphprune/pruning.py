@@ -119,9 +119,15 @@ def emit_verified(
     """The first emission that verifies; with `verify=False` the first that gives what it must on the example inputs.
 
     Raises:
+        InputError: the model has no values to compare.
         RewriteError: the emitter asked for cannot carry out the plan.
         VerificationError: the last emission does not compute what it must.
     """
+    if verify and any(p.is_meta for p in model.parameters()):
+        raise InputError(
+            "the model is on the meta device and has no values to compare; load weights first, or prune it unchecked "
+            "with verify=False"
+        )
     bench = Bench(model, inputs, coupling, plan)
     if not verify:
         problem = bench.runs if emit == "auto" else lambda candidate: ""

@@ -46,13 +46,14 @@ def zeroed(model: nn.Module, plan: Plan, state: Mapping[str, torch.Tensor] | Non
 
 
 def _zero_removed(tensor: torch.Tensor, kept: Mapping[int, torch.Tensor]) -> torch.Tensor:
-    if not tensor.is_floating_point() and not tensor.is_complex():
+    if tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
         return tensor
     out = tensor.clone()
+    bits = out.view(torch.uint8) if tensor.element_size() == 1 else out  # there is no index_fill_ for float8
     for dim, positions in kept.items():
         gone = torch.ones(tensor.shape[dim], dtype=torch.bool, device=tensor.device)
         gone[positions.to(tensor.device)] = False
-        out.index_fill_(dim, gone.nonzero().flatten(), 0)
+        bits.index_fill_(dim, gone.nonzero().flatten(), 0)
     return out
 
 

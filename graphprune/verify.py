@@ -9,8 +9,7 @@ normalisations see only the kept positions.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,15 +19,15 @@ from torch.fx import GraphModule
 
 from graphprune.couple import exported
 from graphprune.coupling import Coupling
-from graphprune.errors import GraphpruneError, RewriteError, VerificationError
+from graphprune.errors import GraphpruneError, InputError, VerificationError
 from graphprune.interpret import interpret
 from graphprune.plan import Plan, sliced
 from graphprune.program import Node
 from graphprune.reference import Masked, like, lively, reference, shuffled, zeroed
 from graphprune.rewrite import Emit, rewrite
-from graphprune.rewrite.precision import copied, is_traced, raised
+from graphprune.rewrite.precision import apart, in_full_precision, is_double, is_traced, raised, to_compare
 from graphprune.rewrite.state import held
-from graphprune.trace import Inputs, run, trace
+from graphprune.trace import Inputs, own_failure, run, trace
 
 TOLERANCE: Mapping[str, float] = {"float64": 1e-9, "float64 with parts in float32": 1e-5, "float32": 1e-4}
 """Largest relative error accepted, by the precision compared in. Models run in float64 where they can."""
@@ -89,7 +88,7 @@ class Bench:
     def __init__(
         self, model: nn.Module, inputs: Inputs, coupling: Coupling, plan: Plan, *, limit: int = RAISED_LIMIT
     ) -> None:
-        self.raised, self.model, self.inputs = _raised(model, inputs, limit)
+        self.raised, self.model, self.inputs = to_compare(model, inputs, limit)
         self._original, self._given, self._coupling, self.plan = model, inputs, coupling, plan
         self._masked = bool(Masked(coupling, plan).nodes)
         self._trials: dict[int, _Trial] = {}
@@ -104,24 +103,29 @@ class Bench:
         trials = [self._trial(k) for k in range(2)]
         try:
             candidate = self._like(candidate)
-            with _without(self._original):
+            with apart(self._original):
                 error = max(trial.error(candidate, self.plan) for trial in trials)
         except Exception as failure:
             return f"{type(failure).__name__}: {next(iter(str(failure).splitlines()), '')}"
-        return "" if error <= self._tolerance(error)[1] else f"its output is off by {error:.1e}"
+        if error <= self._tolerance(error)[1]:
+            return ""
+        self._check_repeatable(trials[0])
+        return f"its output is off by {error:.1e}"
 
     def runs(self, candidate: nn.Module) -> str:
         """As `problem`, on the example inputs alone, and content with NaN where the original has it."""
         trial = self._trial(0)
         try:
             candidate = self._like(candidate)
-            with _without(self._original):
+            with apart(self._original):
                 got = run(candidate, trial.inputs)
         except Exception as failure:
             return f"{type(failure).__name__}: {next(iter(str(failure).splitlines()), '')}"
         known = [torch.where(w.isnan(), 0, w) for w in trial.want]
         if [g.shape for g in got] != [w.shape for w in trial.want]:
             return "its output has another shape"
+        if any(t.is_meta for t in got):
+            return ""
         error = difference([torch.where(w.isnan(), 0, g) for g, w in zip(got, trial.want, strict=True)], known)
         return "" if error <= self._tolerance(error)[1] else f"its output is off by {error:.1e}"
 
@@ -133,7 +137,7 @@ class Bench:
         """
         try:
             candidate = self._like(pruned)
-            with _without(self._original):
+            with apart(self._original):
                 run(candidate, self.inputs)
         except Exception as failure:
             if self.raised:  # what it states in float32 does not go with float64
@@ -153,6 +157,7 @@ class Bench:
             if not error <= tolerance and self._states_float32(pruned) and error <= TOLERANCE["float32"]:
                 return self._by_twin(pruned, fresh)
             if not error <= tolerance:
+                self._check_repeatable(trial)
                 where = first_divergence(self.model, candidate, trial, self.coupling, self.plan, tolerance)
                 raise VerificationError(
                     f"the pruned model differs from the zeroed original by {error:.2e} (tolerance {tolerance:.0e})\n"
@@ -163,9 +168,25 @@ class Bench:
         distinct = 1 + sum(not _same(self._trial(k).inputs, self.inputs) for k in range(1, 1 + fresh))
         return Verification(error, effect, tolerance, precision, distinct)
 
+    def _check_repeatable(self, trial: _Trial) -> None:
+        """Refuse to judge by an original that is not the same from run to run.
+
+        Raises:
+            VerificationError: it is not.
+        """
+        if any(t.isnan().any() for t in trial.dense):
+            return
+        apart_by = difference(self._shrunk(run(self.model, trial.inputs, trial.state)), trial.dense)
+        if not apart_by <= TOLERANCE["float32"]:
+            raise VerificationError(
+                f"{type(self.model).__name__} itself gives another output on the same inputs from run to run (off by "
+                f"{apart_by:.1e}), so there is nothing to compare with; what it draws from generators, clocks or "
+                "counters of its own must be the same on each call, or verify=False prunes it unchecked"
+            )
+
     def _states_float32(self, pruned: nn.Module) -> bool:
         """Whether a traced module may differ only because raising it also raised what the model's code rounds."""
-        return self.raised and is_traced(pruned) and not _is_double(pruned)
+        return self.raised and is_traced(pruned) and not is_double(pruned)
 
     def _by_twin(self, pruned: nn.Module, fresh: int) -> Verification:
         """Hold a traced module as it is against the original as it is, and its twin against the raised original.
@@ -200,7 +221,11 @@ class Bench:
         ]
 
     def _accepted(self, k: int, state: Mapping[str, torch.Tensor]) -> tuple[Inputs, list[torch.Tensor]]:
-        """Inputs on which the original works, and what it gives: fresh noise, else shuffled rows, else the example."""
+        """Inputs on which the original works, and what it gives: fresh noise, else shuffled rows, else the example.
+
+        Raises:
+            InputError: it does not work on the example.
+        """
         for inputs in (like(self.inputs, k), shuffled(self.inputs, k)) if k else ():
             try:
                 dense = run(self.model, inputs, state)
@@ -208,7 +233,10 @@ class Bench:
                 continue
             if not any(t.isnan().any() for t in dense):
                 return inputs, dense
-        return self.inputs, run(self.model, self.inputs, state)
+        try:
+            return self.inputs, run(self.model, self.inputs, state)
+        except Exception as cause:
+            raise InputError(own_failure(self.model, self.inputs, cause)) from cause
 
     def _like(self, candidate: nn.Module) -> nn.Module:
         """The candidate in the precision compared in."""
@@ -218,7 +246,7 @@ class Bench:
 
     def _tolerance(self, error: float) -> tuple[str, float]:
         """The precision compared in, and what it allows; only an error that needs it has the model looked into."""
-        precision = "float64" if self.raised or _is_double(self.model) else "float32"
+        precision = "float64" if self.raised or is_double(self.model) else "float32"
         if self.raised and error > TOLERANCE[precision] and self._rough:
             precision = "float64 with parts in float32"
         return precision, TOLERANCE[precision]
@@ -271,26 +299,6 @@ class _Trial:
         return {name: made[id(tensor)] for name, tensor in self.state.items() if name in names}
 
 
-@contextmanager
-def _without(original: nn.Module) -> Iterator[None]:
-    """Fail where a copy runs a module of the original, through a closure or a hook that was copied as it was.
-
-    Raises:
-        RewriteError: it does; the message names the module.
-    """
-    names = {id(module): name for name, module in original.named_modules()}
-
-    def check(module: nn.Module, _: Any) -> None:
-        if id(module) in names:
-            raise RewriteError(f"the copy still runs {names[id(module)] or 'the module itself'} of the original")
-
-    handle = nn.modules.module.register_module_forward_pre_hook(check)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 # -- measuring ---------------------------------------------------------------------------------------------------
 
 
@@ -328,40 +336,6 @@ def _check_not_nan(outputs: list[torch.Tensor]) -> None:
                 f"output {k} of the original model holds NaN on these inputs, so there is nothing to compare with; "
                 "pass example inputs on which the model works, or verify=False to prune it unchecked"
             )
-
-
-# -- precision ---------------------------------------------------------------------------------------------------
-
-_HALF = (torch.bfloat16, torch.float16)
-
-
-def _raised(model: nn.Module, inputs: Inputs, limit: int) -> tuple[bool, nn.Module, Inputs]:
-    """Model and inputs to compare with, and whether they were raised to float64."""
-    if not _is_double(model) and sum(p.numel() for p in model.parameters()) <= limit:
-        try:
-            wider = raised(model)
-            doubled = inputs.map(lambda t: t.double() if t.is_floating_point() else t)
-            run(wider, doubled)
-            return True, wider, doubled
-        except Exception:  # some models fix float32 in their code; they are compared as they are
-            pass
-    return False, in_full_precision(model), full_precision(inputs)
-
-
-def _is_double(model: nn.Module) -> bool:
-    return {t.dtype for _, t in held(model) if t.is_floating_point()} == {torch.float64}
-
-
-def in_full_precision(model: nn.Module) -> nn.Module:
-    """`model` itself, or a float32 copy of a half-precision one, so that rounding cannot hide an error."""
-    if not any(t.dtype in _HALF for _, t in held(model)):
-        return model
-    return copied(model).float()
-
-
-def full_precision(inputs: Inputs) -> Inputs:
-    """The inputs with half-precision tensors in float32."""
-    return inputs.map(lambda t: t.float() if t.dtype in _HALF else t)
 
 
 # -- where two runs part -----------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from torch import nn
 from graphprune.coupling import Coupling
 from graphprune.errors import RewriteError, TraceError
 from graphprune.plan import Plan
-from graphprune.rewrite.state import lookup, replacements, results
+from graphprune.rewrite.state import deepcopied, lookup, replacements, results
 from graphprune.rules.call import Path
 from graphprune.trace import Inputs, trace, untouched
 
@@ -120,16 +120,8 @@ class Readings:
 
 
 def _copied(model: nn.Module, plan: Plan) -> nn.Module:
-    """A deep copy with sliced tensors; results of earlier forwards that the model keeps are copied without their graph.
-
-    Raises:
-        RewriteError: the model holds something that cannot be copied.
-    """
-    memo: dict[int, Any] = {**replacements(model, plan), **results(model)}
-    try:
-        return copy.deepcopy(model, memo)
-    except Exception as error:
-        raise RewriteError(f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}") from error
+    """A deep copy with sliced tensors; results of earlier forwards that it keeps are copied without their graph."""
+    return deepcopied(model, {**replacements(model, plan), **results(model)})
 
 
 # -- attributes of torch.nn modules ------------------------------------------------------------------------------
@@ -207,12 +199,13 @@ _TORCH: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Callable[[Any
 def _refresh(model: nn.Module) -> None:
     """Bring weights that hooks of torch.nn.utils compute before each forward in line with what they come from."""
     for module in model.modules():
-        training, module.training = module.training, False
-        for hook in module._forward_pre_hooks.values():
-            if type(hook).__module__.startswith("torch.nn.utils."):
-                with torch.no_grad():
-                    hook(module, ())
-        module.training = training
+        computing = [h for h in module._forward_pre_hooks.values() if type(h).__module__.startswith("torch.nn.utils.")]
+        training = module.training
+        for hook in computing:
+            module.training = False
+            with torch.no_grad():
+                hook(module, ())
+            module.training = training
 
 
 def _settled(model: nn.Module) -> dict[str, dict[str, Any]]:

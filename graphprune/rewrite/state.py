@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +11,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from graphprune.errors import RewriteError
 from graphprune.plan import Plan, sliced
+from graphprune.trace import same_random_numbers
 
 
 def held(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -40,6 +43,25 @@ def results(model: nn.Module) -> dict[int, torch.Tensor]:
     """Copies of what `model` keeps of earlier forwards, by id, without the graph that would forbid copying it."""
     kept = pytree.tree_leaves([list(vars(module).values()) for module in model.modules()])
     return {id(t): t.detach().clone() for t in kept if isinstance(t, torch.Tensor) and not t.is_leaf}
+
+
+def deepcopied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy that is apart from `model`; making it draws no random numbers.
+
+    Raises:
+        RewriteError: the model cannot be copied, or gives parts of itself in place of a copy.
+    """
+    name = type(model).__name__
+    try:
+        with same_random_numbers(model):
+            made: nn.Module = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise RewriteError(f"{name} cannot be copied: {type(error).__name__}: {error}") from error
+    own = {id(part) for part in model.modules()} | {id(tensor) for _, tensor in held(model)}
+    shared = [path for path, part in (*made.named_modules(), *held(made)) if id(part) in own]
+    if shared:
+        raise RewriteError(f"{name} cannot be copied: __deepcopy__ gives {shared[0] or 'the model'} itself, not a copy")
+    return made
 
 
 def _attributes(model: nn.Module, plan: Plan) -> Iterator[tuple[str, torch.Tensor]]:

@@ -14,7 +14,6 @@ ZERO_TO_ZERO = """
     relu relu6 leaky_relu gelu silu mish tanh hardswish elu selu celu rrelu
     sin tan asin atan sinh asinh atanh expm1 log1p erf erfinv neg negative abs absolute square sqrt
     sign sgn floor ceil round trunc frac
-    dropout feature_dropout alpha_dropout feature_alpha_dropout
     clone contiguous alias detach to _to_copy lift_fresh_copy lift_fresh type_as nan_to_num positive real conj
     resolve_conj resolve_neg deg2rad rad2deg hardshrink softshrink isnan isinf
     arcsin arctan arcsinh arctanh fix signbit angle imag special_erf special_expm1 special_log1p special_entr
@@ -126,7 +125,7 @@ def power(call: Call) -> Sequence[Dims]:
     if isinstance(call["exponent"], Value):
         return _OF_TWO(call)
     exponent = call["exponent"]
-    if isinstance(exponent, (int, float)) and exponent < 0:
+    if isinstance(exponent, (int, float)) and not exponent >= 0:  # a NaN is a number that is not known yet
         return singular(call)
     return (_ZERO if _number(exponent, -1.0) > 0 else _NOT_ZERO)(call)
 
@@ -167,7 +166,6 @@ POINTWISE = table(
     *(op(name, "*s, *s -> *s", zero=zero) for name, zero in _BINARY.items()),
     op("where", "*s, *s?, *s? -> *s", zero="b + c"),
     op("addcmul", "*s, *s, *s -> *s", zero="a + b*c"),
-    op("native_dropout", "*s -> *s, *s", zero="a"),
     op("lerp", "*s, *s, *s? -> *s", zero="a + b"),
     op("threshold", _if(lambda call: _number(call["threshold"], -1.0) >= 0 and call["value"] == 0)),
     op("fill", _if(lambda call: call["value"] == 0)),

@@ -11,6 +11,7 @@ from graphprune.errors import RuleError
 from graphprune.program import SymbolicInt, Value
 from graphprune.rules.call import Call, Dims, Replacement, operand_values
 from graphprune.rules.registry import function, op, table
+from graphprune.rules.text import rule
 
 
 def as_int(value: Any) -> int | None:
@@ -304,6 +305,17 @@ def positions(call: Call) -> Sequence[Dims]:
         for axis in call.dims(value):
             call.pin(axis, f"{call.node.op} draws for every position of it")
     return [tuple(call.pinned(size, f"{call.node.op} makes it") for size in v.shape) for v in call.node.outputs]
+
+
+@function("dropout feature_dropout alpha_dropout feature_alpha_dropout native_dropout")
+def dropout(call: Call) -> Sequence[Dims]:
+    """Nothing happens in eval mode; code that leaves it on draws for every position."""
+    if call["train"] is not False and call["p"] != 0:
+        return positions(call)
+    return (_AS_IT_WAS if len(call.node.outputs) == 1 else _WITH_MASK)(call)
+
+
+_AS_IT_WAS, _WITH_MASK = rule("*s -> *s", zero="a"), rule("*s -> *s, *s", zero="a")
 
 
 @function("one_hot")

@@ -15,12 +15,23 @@ from torch import nn
 from graphprune.errors import InputError, TraceError
 from graphprune.program import Program
 from graphprune.trace.export import export, nested_graph
-from graphprune.trace.inputs import Inputs, output_tensors, run, untouched
+from graphprune.trace.inputs import Inputs, output_tensors, run, same_random_numbers, untouched
 from graphprune.trace.record import record
+from graphprune.trace.refuse import Rewritten, check, check_written, own_failure
 from graphprune.trace.schema import signature
 from graphprune.trace.tree import register
 
-__all__ = ["Inputs", "nested_graph", "output_tensors", "run", "signature", "trace", "untouched"]
+__all__ = [
+    "Inputs",
+    "nested_graph",
+    "output_tensors",
+    "own_failure",
+    "run",
+    "same_random_numbers",
+    "signature",
+    "trace",
+    "untouched",
+]
 
 FrontEnd = Literal["auto", "record", "export"]
 
@@ -48,39 +59,23 @@ def trace(
     if front_end not in ("auto", "record", "export") or (dynamic_batch and front_end == "record"):
         raise InputError(f"front_end={front_end!r}; it is 'auto', 'record' or, with an open batch size, 'export'")
     inputs = Inputs.of(example_inputs)
-    _check(model, inputs)
+    check(model, inputs)
     register((inputs.args, dict(inputs.kwargs)))
     if front_end == "record" or (front_end == "auto" and not dynamic_batch):
         try:
             with untouched(model), torch.no_grad():
-                return record(model, inputs)
+                program = record(model, inputs)
+            check_written(program)
+            return program
+        except Rewritten as error:
+            raise TraceError(str(error)) from error
         except Exception as error:
             if front_end == "record":
                 what = f"{type(error).__name__}: {error}"
                 raise TraceError(f"{type(model).__name__} cannot be recorded: {what}\nuse front_end='auto'") from error
     with untouched(model), torch.no_grad():
+        inputs = inputs.map(torch.clone)  # one tensor passed twice stands for two; and code may write to its inputs
         batch_dims = [(0,) if t.dim() else () for t in inputs.tensors()] if dynamic_batch else []
-        return export(model, inputs, batch_dims)
-
-
-def _check(model: object, inputs: Inputs) -> None:
-    """Refuse what no export can make sense of, with the advice that fits.
-
-    Raises:
-        InputError: the model or the inputs are not usable.
-    """
-    if not isinstance(model, nn.Module):
-        raise InputError(f"model is a {type(model).__name__}, not a torch.nn.Module; pass the module itself")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise InputError("model is a ScriptModule, which has no Python to trace; pass the module it was scripted from")
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise InputError(f"model is wrapped in {type(model).__name__}; prune model.module and wrap the result again")
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise InputError(f"{name} is not initialised yet; run the model once on real inputs, then prune it")
-    homes = {p.device for p in (*model.parameters(), *model.buffers())}
-    given = {t.device for t in inputs.tensors()}
-    if len(homes) == 1 and given and homes != given:
-        home = homes.pop()
-        away = ", ".join(sorted(str(d) for d in given))
-        raise InputError(f"example inputs are on {away} but the model is on {home}; move them with .to({str(home)!r})")
+        program = export(model, inputs, batch_dims)
+    check_written(program)
+    return program

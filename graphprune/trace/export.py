@@ -7,9 +7,9 @@ node. It can leave the batch size open and its graph can be run and rewritten, w
 from __future__ import annotations
 
 import functools
+import math
 import operator
 import re
-import traceback
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +21,8 @@ from torch.utils import _pytree as pytree
 from graphprune.errors import InputError, TraceError
 from graphprune.program import Kind, Node, Program, SymbolicInt, Value, is_library
 from graphprune.trace.inputs import Inputs
-from graphprune.trace.schema import call_node, hint, value
+from graphprune.trace.refuse import export_failure, own_failure
+from graphprune.trace.schema import call_node, hint, value, writes
 from graphprune.trace.state import State
 from graphprune.trace.tree import carried, register
 
@@ -53,12 +54,22 @@ def _export(model: nn.Module, inputs: Inputs, open_dims: OpenDims) -> torch.expo
         return attempt()
     except Exception as error:
         try:
-            output = model(*inputs.args, **inputs.kwargs)
+            output = _run_apart(model, inputs)
         except Exception as cause:
-            raise InputError(_own_failure(model, inputs, cause)) from cause
-        if register(output):
-            return attempt()
-        raise TraceError(_export_failure(model, error)) from error
+            raise InputError(own_failure(model, inputs, cause)) from cause
+        if not register(output):
+            raise TraceError(export_failure(model, error)) from error
+    try:  # now that its outputs can be looked into
+        return attempt()
+    except Exception as error:
+        raise TraceError(export_failure(model, error)) from error
+
+
+def _run_apart(model: nn.Module, inputs: Inputs) -> Any:
+    """What the model returns; code that writes to parameters writes to copies."""
+    apart = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    inputs = inputs.map(torch.clone)
+    return torch.func.functional_call(model, apart, inputs.args, dict(inputs.kwargs))
 
 
 def _dynamic_shapes(inputs: Inputs, open_dims: OpenDims) -> Any:
@@ -67,40 +78,6 @@ def _dynamic_shapes(inputs: Inputs, open_dims: OpenDims) -> Any:
         if dims:
             shapes[tensor] = dict.fromkeys(dims, torch.export.Dim.AUTO)
     return shapes
-
-
-def _own_failure(model: nn.Module, inputs: Inputs, cause: Exception) -> str:
-    shapes = ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in inputs.tensors())
-    line = _stopped_at(cause)
-    return (
-        f"{type(model).__name__} itself fails on these example inputs ({shapes or 'no tensors'}): "
-        f"{type(cause).__name__}: {_first_line(cause)}{line}\n"
-        "pass inputs that model(*args, **kwargs) accepts: a tensor, a tuple of arguments or a dict of keyword arguments"
-    )
-
-
-def _export_failure(model: nn.Module, error: Exception) -> str:
-    return (
-        f"{type(model).__name__} runs, but cannot be traced: {type(error).__name__}: {_first_line(error)}"
-        f"{_stopped_at(error)}\n"
-        "its path through the code must not depend on the values of tensors; move such a branch out of the model, "
-        "write it with torch.where, or prune the submodule that can be traced"
-    )
-
-
-def _stopped_at(error: Exception) -> str:
-    """The innermost frame of the user's own code in the traceback, as a clause."""
-    here = torch.__file__.rsplit("/", 1)[0]
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(here)]
-    frames = [f for f in frames if f.filename != __file__]
-    if not frames:
-        return ""
-    last = frames[-1]
-    return f"\n  stopped at {last.filename}:{last.lineno}, in {last.name}: {last.line}"
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
 
 
 class _Reader:
@@ -156,8 +133,10 @@ class _Reader:
             placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
             return tuple(self._body(body, dict(zip(placeholders, operands, strict=True)), f"{prefix}{node.name}."))
         val = node.meta.get("val")
-        if isinstance(val, (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)):
-            return SymbolicInt(node.name, hint(val)) if isinstance(val, (int, torch.SymInt)) else val
+        if isinstance(val, (int, torch.SymInt)):
+            return SymbolicInt(node.name, hint(val))
+        if isinstance(val, (float, torch.SymFloat, torch.SymBool)):
+            return val if isinstance(val, float) else math.nan  # a number that is known only when the model runs
         name = prefix + node.name
         if isinstance(val, torch.Tensor):
             outputs: tuple[Any, ...] = (value(name, val, "node"),)
@@ -167,6 +146,8 @@ class _Reader:
                 value(f"{name}.{i}", v, "node") if isinstance(v, torch.Tensor) else v for i, v in enumerate(val)
             )
             result = outputs
+        elif writes(node.target):
+            outputs, result = (), None
         else:
             return None
         self.nodes.append(

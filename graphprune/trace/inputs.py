@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import copy
+import functools
+import operator
 import random
-from collections.abc import Iterator, Mapping
+import sys
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,41 +59,124 @@ class Inputs:
 def untouched(model: nn.Module) -> Iterator[None]:
     """Put `model` in eval mode for the block; afterwards it is as before, and so are the random generators.
 
-    As before means flags, attributes, what its dicts, lists and sets hold, and the values of its buffers.
+    As before means flags, attributes, what its containers and the objects it keeps hold, and the values of its buffers
+    and of all tensors that are no parameters. Parameters hold the same memory again.
     """
-    modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
-    before = [(m, dict(vars(m)), [(held, copy.copy(held)) for held in _containers(m)]) for m in modules]
     scripted = [(m, m.training) for m in model.modules() if isinstance(m, torch.jit.ScriptModule)]
-    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if not b.is_meta]
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    generators = random.getstate(), np.random.get_state()
+    undo = [_undo(held) for held in _reached(model)]
     try:
-        with torch.random.fork_rng(devices=_cuda_devices(model)):
+        with same_random_numbers(model), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Using `torch.compile")  # of hooks that are not the user's
             torch.backends.mha.set_fastpath_enabled(False)
             for module in model.modules():
-                module.training = False
+                if isinstance(module, torch.jit.ScriptModule):
+                    module.training = False
+                else:  # a class may refuse to have attributes set
+                    vars(module)["training"] = False
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-        random.setstate(generators[0])
-        np.random.set_state(generators[1])
         for module, training in scripted:
             module.training = training
-        for module, attributes, containers in before:
-            for held, saved in containers:
-                held.clear()
-                held.extend(saved) if isinstance(held, list) else held.update(saved)
-            vars(module).clear()
-            vars(module).update(attributes)
-        with torch.no_grad():
-            for buffer, version, values in buffers:
-                if buffer._version != version:
-                    buffer.copy_(values)
+        for step in undo:
+            step()
 
 
-def _containers(module: nn.Module) -> list[Any]:
-    """The dicts, lists and sets a module holds, among them its parameters and buffers: forwards may write to them."""
-    return [held for held in vars(module).values() if isinstance(held, (dict, list, set))]
+@contextmanager
+def same_random_numbers(model: nn.Module | None = None) -> Iterator[None]:
+    """Afterwards the random generators of Python, NumPy and torch are as before, on the devices of `model` too."""
+    generators = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=_cuda_devices(model) if model is not None else []):
+            yield
+    finally:
+        random.setstate(generators[0])
+        np.random.set_state(generators[1])
+
+
+def _reached(model: nn.Module) -> Iterator[Any]:
+    """What a forward may write to: the containers, tensors and generators that a model reaches, each once.
+
+    The attributes of modules and of the objects they keep are dicts like any other. Objects of the standard library
+    (locks, files, loggers) and of torch and NumPy are left alone.
+    """
+    rest: list[Any] = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    seen: dict[int, Any] = {}  # kept alive, so that ids stay unique
+    while rest:
+        held = rest.pop()
+        if isinstance(held, _PLAIN) or id(held) in seen:
+            continue
+        seen[id(held)] = held
+        if isinstance(held, dict):
+            rest += dict.values(held)
+        elif isinstance(held, (list, tuple, set, deque)):
+            rest += held
+            if isinstance(held, tuple):
+                continue
+        elif not isinstance(held, (torch.Tensor, torch.Generator)):
+            if _keeps_attributes(held):
+                rest.append(vars(held))
+            continue
+        yield held
+
+
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, type, torch.jit.ScriptModule)
+_LEFT_ALONE = frozenset({*sys.stdlib_module_names, "torch", "numpy"})
+
+
+def _keeps_attributes(held: Any) -> bool:
+    if isinstance(held, nn.Module):
+        return True
+    return type(held).__module__.partition(".")[0] not in _LEFT_ALONE and hasattr(held, "__dict__")
+
+
+def _undo(held: Any) -> Callable[[], object]:
+    """What brings `held` back to what it is now."""
+    if isinstance(held, torch.Tensor):
+        return _undo_tensor(held)
+    if isinstance(held, torch.Generator):
+        return functools.partial(held.set_state, held.get_state())
+    return _undo_dict(held) if isinstance(held, dict) else _undo_list(held)
+
+
+def _undo_dict(held: dict[Any, Any]) -> Callable[[], None]:
+    saved = dict(dict.items(held))
+
+    def back() -> None:
+        if len(held) != len(saved) or any(dict.get(held, name, back) is not value for name, value in saved.items()):
+            dict.clear(held)
+            dict.update(held, saved)
+
+    return back
+
+
+def _undo_list(held: Any) -> Callable[[], None]:
+    saved = list(held)
+
+    def back() -> None:
+        if len(held) != len(saved) or not all(map(operator.is_, held, saved)):
+            held.clear()
+            held.update(saved) if isinstance(held, set) else held.extend(saved)
+
+    return back
+
+
+def _undo_tensor(tensor: torch.Tensor) -> Callable[[], None]:
+    """A forward may give a tensor other memory (`x.data = ...`); only what is no parameter may have other values."""
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested or tensor.is_meta:
+        return lambda: None
+    data = tensor.detach()
+    values = None if isinstance(tensor, nn.Parameter) else data.clone()
+
+    def back() -> None:
+        with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+            if tensor.data_ptr() != data.data_ptr() or tensor.shape != data.shape:
+                tensor.data = data
+            if values is not None and not torch.equal(tensor, values):
+                tensor.copy_(values)
+
+    return back
 
 
 def run(model: nn.Module, inputs: Inputs, state: Mapping[str, torch.Tensor] | None = None) -> list[torch.Tensor]:
@@ -101,7 +188,7 @@ def run(model: nn.Module, inputs: Inputs, state: Mapping[str, torch.Tensor] | No
         state: parameters and buffers to use instead of its own, by fully qualified name.
     """
     inputs = inputs.map(torch.clone)
-    with untouched(model), torch.no_grad():
+    with untouched(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         return output_tensors(torch.func.functional_call(model, dict(state or {}), inputs.args, dict(inputs.kwargs)))
 
 

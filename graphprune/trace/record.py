@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from graphprune.errors import TraceError
 from graphprune.program import Kind, Node, Program, Value, is_library
 from graphprune.trace.inputs import Inputs
+from graphprune.trace.refuse import Rewritten, written
 from graphprune.trace.schema import call_node, value
 from graphprune.trace.shapes import quick
 from graphprune.trace.state import State
@@ -148,6 +149,8 @@ class _Recorder(SchemaCheckMode):  # type: ignore[no-untyped-call]
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             raise TraceError("autocast does not act on the meta device")
         kwargs = dict(kwargs or {})
+        if func is torch.ops.aten._has_compatible_shallow_copy_type.default:
+            self._refuse_new_memory(args[0])
         noted, noted_kwargs = _map(self._noted, args), _map(self._noted, kwargs)
         operands = [a for a in _leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
         if constant := self._is_about_constants(func, operands, args):
@@ -160,16 +163,28 @@ class _Recorder(SchemaCheckMode):  # type: ignore[no-untyped-call]
             if result is None:
                 with no_python_dispatcher():  # its decompositions cost more than the kernels they replace
                     result = func(*given[0], **given[1])
-        outputs = self._outputs(f"{func.__name__.partition('.')[0]}_{len(self.nodes)}", result)
-        if func._schema.is_mutable and outputs and not constant:
-            self._written(func, args, outputs[0])
-        if outputs:
-            name, line = outputs[0].name.partition(".")[0], _user_line(sys._getframe(1))
-            module = self.path[-1]
+        name = f"{func.__name__.partition('.')[0]}_{len(self.nodes)}"
+        outputs = self._outputs(name, result)
+        if func._schema.is_mutable and not constant:
+            self._written(func, args, kwargs, outputs)
+        if outputs or func._schema.is_mutable:
+            module, line = self.path[-1], _user_line(sys._getframe(1))
             self.nodes.append(
                 call_node(func, noted, noted_kwargs, name=name, outputs=outputs, module=module, line=line)
             )
         return result
+
+    def _refuse_new_memory(self, tensor: torch.Tensor) -> None:
+        """Stop before `tensor.data = ...`, which asks whether the two fit, gives a tensor of the model other memory.
+
+        Raises:
+            Rewritten: it is a parameter.
+            TraceError: it is any other tensor.
+        """
+        known = self.values.get(id(tensor))
+        if known is not None and known.kind == "parameter":
+            raise Rewritten(written(type(self.model).__name__, known.target))
+        raise TraceError("a tensor is given other memory, through its .data")
 
     def _noted(self, argument: Any) -> Any:
         return self.value(argument) if isinstance(argument, torch.Tensor) else argument
@@ -194,12 +209,19 @@ class _Recorder(SchemaCheckMode):  # type: ignore[no-untyped-call]
             return False
         return self.values[id(tensor)].kind in ("node", "constant")
 
-    def _written(self, func: Any, args: tuple[Any, ...], result: Value) -> None:
+    def _written(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: tuple[Value, ...]) -> None:
         """What was written to holds the result from now on, and no values."""
-        for argument, held in zip(func._schema.arguments, args, strict=False):
-            if argument.alias_info and argument.alias_info.is_write and isinstance(held, torch.Tensor):
-                self._know(held, result)
-                self.stale.add(_storage(held))
+        names = [argument.name for argument in func._schema.arguments]
+        given = dict(zip(names, args, strict=False)) | dict(kwargs)
+        written = [a.name for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
+        results = outputs if len(outputs) == len(written) else (None,) * len(written)
+        for name, result in zip(written, results, strict=True):
+            held = given.get(name)
+            for tensor in held if isinstance(held, (tuple, list)) else (held,):
+                if isinstance(tensor, torch.Tensor):
+                    self.stale.add(_storage(tensor))
+                    if isinstance(held, torch.Tensor) and result is not None and result.shape == held.shape:
+                        self._know(held, result)
 
     def _outputs(self, name: str, result: Any) -> tuple[Value, ...]:
         """New values for what a call returned; an in-place call gives its operand a new one."""

@@ -24,6 +24,13 @@ def signature(target: Any) -> tuple[str, tuple[str, ...], tuple[str, ...], dict[
     return (base if namespace in ("aten", "prim") else f"{namespace}.{base}"), names, tensors, defaults
 
 
+@functools.cache
+def writes(target: Any) -> bool:
+    """Whether an op changes an argument; such a call counts even if it returns nothing."""
+    schema = getattr(target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
+
+
 def _takes_tensor(argument: Any) -> bool:
     """Whether a schema argument is a tensor, or the number that stands in an operand's place (`add.Scalar`)."""
     kind = str(argument.type)

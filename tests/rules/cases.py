@@ -52,7 +52,8 @@ VALUELESS = {"rand_like", "randn_like", "empty_like", "empty", "new_empty", "emp
     "poisson",
 }
 
-UNARY = [_unary(n) for n in f"{ZERO_TO_ZERO} {NOT_ZERO} {SINGULAR}".split() if n not in VALUELESS]
+DROPOUTS = "dropout feature_dropout alpha_dropout feature_alpha_dropout"
+UNARY = [_unary(n) for n in f"{ZERO_TO_ZERO} {NOT_ZERO} {SINGULAR} {DROPOUTS}".split() if n not in VALUELESS]
 
 _FLOAT_PAIRS = "arctan2 logaddexp logaddexp2 heaviside ldexp isclose complex polar add sub rsub subtract mul multiply maximum minimum fmax fmin copysign hypot atan2 eq ne lt gt le ge"
 _QUOTIENTS = "xlogy special_xlogy div divide true_divide floor_divide fmod remainder"
@@ -114,6 +115,7 @@ BINARY = [
     c(aten.fill.Scalar, t(2, 3), 0, free=2),
     c(aten.fill.Scalar, t(2, 3), 7, free=2, note="seven"),
     c(aten.native_dropout.default, t(2, 3), 0.5, False, free=2),
+    *(c(getattr(aten, n).default, t(2, 3, 5), 0.5, True, free=0, note="on") for n in DROPOUTS.split()),
     c(aten.zero.default, t(2, 3), free=2),
     c(aten.zeros_like.default, t(2, 3), free=2),
 ]
