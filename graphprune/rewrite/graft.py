@@ -59,7 +59,7 @@ class _Search:
 
     def __init__(self, model: nn.Module, inputs: Inputs, coupling: Coupling, plan: Plan, readings: Readings) -> None:
         self.model, self.inputs, self.coupling, self.plan = model, inputs, coupling, plan
-        self.small = readings.small
+        self.readings, self.small = readings, readings.small
         self.recorded = coupling.program.source is None
         self.parts = Parts(model, coupling.program)
         self.changing = [path for path in readings.changing if path]
@@ -73,6 +73,8 @@ class _Search:
             if not found and not (found := problem(self.small)):
                 return ""
             wanted = self._blamed(stopped)
+            if not wanted and self.readings.reset(self.covered):
+                continue  # a module around a graft may read an attribute that was taken for a size
             if not wanted:
                 return found
             try:

@@ -103,6 +103,14 @@ class Readings:
             self._choice = choice
             yield self.small
 
+    def reset(self, covered: Callable[[str], bool]) -> bool:
+        """Give the ints of modules whose forward is not their own their values back; False if they have them."""
+        slots = [(s, key.own) for key, alike in self._alike.items() for s in alike if covered(s.module)]
+        changed = [(slot, own) for slot, own in slots if _read(self.small, slot) != own]
+        for slot, own in changed:
+            _write(self.small, slot, own)
+        return bool(changed)
+
     def take_back(self, problem: Callable[[nn.Module], str], read: Callable[[str], bool] = lambda path: True) -> None:
         """Take back every change that the forward does not need: an attribute may equal a size by chance.
 

@@ -331,3 +331,22 @@ def test_slices_that_take_everything_do_not_hide_the_input():
     assert result.report.grafts == ("1",)
     x = gp.Inputs((torch.rand(3, 6, 5),))
     assert difference(run(result.model, x), run_zeroed(model, result.plan, x)) < 1e-5
+
+
+class Periodic(Block):
+    """Reads an int of its attention that happens to be as large as a head is wide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention.period = 8
+
+    def forward(self, x, mask=None, extra=None):
+        return super().forward(x) + x[:, : self.attention.period].mean(1, keepdim=True)
+
+
+def test_an_int_that_another_module_reads_is_not_taken_for_a_size():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 24), Periodic(), nn.Linear(24, 3)).eval()
+    result = half(model, torch.rand(2, 9, 5))
+    assert result.report.grafts == ("1.attention",)
+    assert result.model[1].attention.period == 8
