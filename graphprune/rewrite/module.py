@@ -11,6 +11,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -218,7 +219,8 @@ def _refresh(model: nn.Module) -> None:
 
 def _settled(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Per path of a torch.nn module, its size attributes as its weights say; reading those may move buffers."""
-    with untouched(model), torch.no_grad():
+    computed = any("parametrizations" in module._modules for module in model.modules())
+    with untouched(model) if computed else nullcontext(), torch.no_grad():
         return {path: _by_weights(module) for path, module in model.named_modules(remove_duplicate=False)}
 
 

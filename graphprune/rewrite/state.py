@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,7 +42,13 @@ def replacements(model: nn.Module, plan: Plan) -> dict[int, torch.Tensor]:
 
 def results(model: nn.Module) -> dict[int, torch.Tensor]:
     """Copies of what `model` keeps of earlier forwards, by id, without the graph that would forbid copying it."""
-    kept = pytree.tree_leaves([list(vars(module).values()) for module in model.modules()])
+    kept: list[Any] = []
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor):
+                kept.append(value)
+            elif isinstance(value, (dict, list, tuple)) and value and name not in ("_parameters", "_modules"):
+                kept += pytree.tree_leaves(value)
     return {id(t): t.detach().clone() for t in kept if isinstance(t, torch.Tensor) and not t.is_leaf}
 
 
@@ -52,6 +59,8 @@ def deepcopied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         RewriteError: the model cannot be copied, or gives parts of itself in place of a copy.
     """
     name = type(model).__name__
+    for module in model.modules():  # most of a module is empty dicts of hooks, which are slow to copy one by one
+        memo.update({id(h): OrderedDict() for h in vars(module).values() if type(h) is OrderedDict and not h})
     try:
         with same_random_numbers(model):
             made: nn.Module = copy.deepcopy(model, memo)

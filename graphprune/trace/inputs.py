@@ -64,7 +64,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """
     scripted = [(m, m.training) for m in model.modules() if isinstance(m, torch.jit.ScriptModule)]
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    undo = [_undo(held) for held in _reached(model)]
+    before = _Before(_reached(model))
     try:
         with same_random_numbers(model), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Using `torch.compile")  # of hooks that are not the user's
@@ -79,8 +79,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         for module, training in scripted:
             module.training = training
-        for step in undo:
-            step()
+        before.restore()
 
 
 @contextmanager
@@ -105,13 +104,13 @@ def _reached(model: nn.Module) -> Iterator[Any]:
     seen: dict[int, Any] = {}  # kept alive, so that ids stay unique
     while rest:
         held = rest.pop()
-        if isinstance(held, _PLAIN) or id(held) in seen:
+        if id(held) in seen or isinstance(held, (type, torch.jit.ScriptModule)):
             continue
         seen[id(held)] = held
         if isinstance(held, dict):
-            rest += dict.values(held)
+            rest += [v for v in dict.values(held) if type(v) not in _PLAIN]
         elif isinstance(held, (list, tuple, set, deque)):
-            rest += held
+            rest += [v for v in held if type(v) not in _PLAIN]
             if isinstance(held, tuple):
                 continue
         elif not isinstance(held, (torch.Tensor, torch.Generator)):
@@ -121,7 +120,7 @@ def _reached(model: nn.Module) -> Iterator[Any]:
         yield held
 
 
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, type, torch.jit.ScriptModule)
+_PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes})
 _LEFT_ALONE = frozenset({*sys.stdlib_module_names, "torch", "numpy"})
 
 
@@ -131,35 +130,41 @@ def _keeps_attributes(held: Any) -> bool:
     return type(held).__module__.partition(".")[0] not in _LEFT_ALONE and hasattr(held, "__dict__")
 
 
-def _undo(held: Any) -> Callable[[], object]:
-    """What brings `held` back to what it is now."""
-    if isinstance(held, torch.Tensor):
-        return _undo_tensor(held)
-    if isinstance(held, torch.Generator):
-        return functools.partial(held.set_state, held.get_state())
-    return _undo_dict(held) if isinstance(held, dict) else _undo_list(held)
+class _Before:
+    """What containers, tensors and generators hold now, to bring it back."""
 
+    def __init__(self, reached: Iterator[Any]) -> None:
+        self.empty: list[Any] = []
+        self.dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
+        self.lists: list[tuple[Any, list[Any]]] = []
+        self.others: list[Callable[[], object]] = []
+        for held in reached:
+            if isinstance(held, torch.Tensor):
+                self.others.append(_undo_tensor(held))
+            elif isinstance(held, torch.Generator):
+                self.others.append(functools.partial(held.set_state, held.get_state()))
+            elif not len(held):
+                self.empty.append(held)
+            elif isinstance(held, dict):
+                self.dicts.append((held, dict(dict.items(held))))
+            else:
+                self.lists.append((held, list(held)))
 
-def _undo_dict(held: dict[Any, Any]) -> Callable[[], None]:
-    saved = dict(dict.items(held))
-
-    def back() -> None:
-        if len(held) != len(saved) or any(dict.get(held, name, back) is not value for name, value in saved.items()):
-            dict.clear(held)
-            dict.update(held, saved)
-
-    return back
-
-
-def _undo_list(held: Any) -> Callable[[], None]:
-    saved = list(held)
-
-    def back() -> None:
-        if len(held) != len(saved) or not all(map(operator.is_, held, saved)):
-            held.clear()
-            held.update(saved) if isinstance(held, set) else held.extend(saved)
-
-    return back
+    def restore(self) -> None:
+        """Bring back what changed; what did not is not written to."""
+        for held in self.empty:
+            if len(held):
+                held.clear()
+        for held, saved in self.dicts:
+            if len(held) != len(saved) or not all(map(operator.is_, dict.values(held), saved.values())):
+                dict.clear(held)
+                dict.update(held, saved)
+        for held, items in self.lists:
+            if len(held) != len(items) or not all(map(operator.is_, held, items)):
+                held.clear()
+                held.update(items) if isinstance(held, set) else held.extend(items)
+        for step in self.others:
+            step()
 
 
 def _undo_tensor(tensor: torch.Tensor) -> Callable[[], None]:

@@ -22,7 +22,7 @@ from torch._subclasses.schema_check_mode import SchemaCheckMode
 from torch.utils import _pytree as pytree
 
 from graphprune.errors import TraceError
-from graphprune.program import Kind, Node, Program, Value, is_library
+from graphprune.program import Node, Program, Value, is_library
 from graphprune.trace.inputs import Inputs
 from graphprune.trace.refuse import Rewritten, written
 from graphprune.trace.schema import call_node, value
@@ -67,7 +67,6 @@ class _Recorder(SchemaCheckMode):  # type: ignore[no-untyped-call]
         self.places: dict[Any, Value] = {}  # by memory: factories and x.data hand out tensors that nobody saw made
         self.stale: set[int] = set()
         self.alive: list[torch.Tensor] = []  # ids stay unique while their tensors live
-        self.modules = {id(module): name for name, module in reversed([*model.named_modules(remove_duplicate=False)])}
         self.path: list[str] = [""]
         self._state()
 
@@ -75,22 +74,16 @@ class _Recorder(SchemaCheckMode):  # type: ignore[no-untyped-call]
 
     def _state(self) -> None:
         """Name every tensor that the model holds."""
-        kinds: tuple[tuple[Kind, Iterator[tuple[str, torch.Tensor]]], ...] = (
-            ("parameter", self.model.named_parameters(remove_duplicate=False)),
-            ("buffer", self.model.named_buffers(remove_duplicate=False)),
-        )
-        for kind, named in kinds:
-            for name, tensor in named:
-                self._know(tensor, self.state.add(name, tensor, kind))
-        self.storages = {
-            _storage(t) for v in self.state.values.values() if (t := self.state.tensor(v.target)) is not None
-        }
-        self.attributes = {
-            id(held): f"{path}.{name}".removeprefix(".")
-            for path, module in self.model.named_modules()
-            for name, held in vars(module).items()
-            if isinstance(held, torch.Tensor)
-        }
+        for name, tensor, kind in self.state.named:
+            self._know(tensor, self.state.add(name, tensor, kind))
+        self.storages = {_storage(tensor) for _, tensor, _ in self.state.named}
+        self.modules: dict[int, str] = {}
+        self.attributes: dict[int, str] = {}
+        for path, module in self.model.named_modules():
+            self.modules[id(module)] = path
+            for name, held in vars(module).items():
+                if isinstance(held, torch.Tensor):
+                    self.attributes[id(held)] = f"{path}.{name}".removeprefix(".")
 
     def inputs(self, inputs: Inputs) -> Inputs:
         """The inputs as twins, each a value of its own."""
@@ -137,6 +130,11 @@ class _Recorder(SchemaCheckMode):  # type: ignore[no-untyped-call]
         return self.twins[id(tensor)]
 
     # -- calls -----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled while recording, and the guard against it costs more than a call."""
+        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

@@ -22,6 +22,12 @@ class State:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        kinds: tuple[tuple[Kind, Iterable[tuple[str, torch.Tensor]]], ...] = (
+            ("parameter", model.named_parameters(remove_duplicate=False)),
+            ("buffer", model.named_buffers(remove_duplicate=False)),
+        )
+        self.named = [(name, tensor, kind) for kind, named in kinds for name, tensor in named]
+        self._tensors: dict[str, torch.Tensor | None] = {name: tensor for name, tensor, _ in self.named}
         self.values: dict[Any, Value] = {}
         self.aliases: dict[str, str] = {}
 
@@ -36,11 +42,13 @@ class State:
 
     def tensor(self, target: str) -> torch.Tensor | None:
         """What the model holds under a dotted name."""
-        try:
-            found = functools.reduce(getattr, target.split("."), self.model)
-        except AttributeError:
-            return None
-        return found if isinstance(found, torch.Tensor) else None
+        if target not in self._tensors:
+            try:
+                found = functools.reduce(getattr, target.split("."), self.model)
+            except AttributeError:
+                found = None
+            self._tensors[target] = found if isinstance(found, torch.Tensor) else None
+        return self._tensors[target]
 
     def program(
         self,
@@ -73,11 +81,7 @@ class State:
 
     def _alias_ties(self) -> None:
         """Names under which the model holds a tensor that the front end listed once."""
-        named = (
-            *self.model.named_parameters(remove_duplicate=False),
-            *self.model.named_buffers(remove_duplicate=False),
-        )
-        for name, tensor in named:
+        for name, tensor, _ in self.named:
             known = self.values.get(id(tensor))
             if known is not None and known.target != name:
                 self.aliases.setdefault(name, known.target)
