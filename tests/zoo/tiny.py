@@ -130,6 +130,68 @@ def _translation(mask: bool = False) -> dict[str, Any]:
     return {**tokens(mask=mask), "decoder_input_ids": tokens(7)["input_ids"]}
 
 
+def deformable_detr() -> Built:
+    transformers = pytest.importorskip("transformers")
+    backbone = transformers.ResNetConfig(
+        embedding_size=10, hidden_sizes=[12, 20], depths=[1, 1], layer_type="basic", out_features=["stage1", "stage2"]
+    )
+    model = hf(
+        "DeformableDetrForObjectDetection",
+        "DeformableDetrConfig",
+        use_timm_backbone=False,
+        use_pretrained_backbone=False,
+        backbone=None,
+        backbone_config=backbone,
+        num_feature_levels=2,
+        d_model=64,  # in 32 groups
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_n_points=3,
+        decoder_n_points=2,
+        encoder_ffn_dim=80,
+        decoder_ffn_dim=72,
+        num_queries=7,
+        num_labels=5,
+    )
+    return model, pixels(64)
+
+
+def rt_detr() -> Built:
+    transformers = pytest.importorskip("transformers")
+    backbone = transformers.RTDetrResNetConfig(
+        embedding_size=10,
+        hidden_sizes=[12, 16, 20, 28],
+        depths=[1, 1, 1, 1],
+        layer_type="bottleneck",
+        out_features=["stage2", "stage3", "stage4"],
+    )
+    model = hf(
+        "RTDetrForObjectDetection",
+        "RTDetrConfig",
+        use_pretrained_backbone=False,
+        backbone=None,
+        backbone_config=backbone,
+        encoder_hidden_dim=32,
+        encoder_in_channels=[16, 20, 28],
+        encoder_layers=1,
+        encoder_attention_heads=2,
+        encoder_ffn_dim=40,
+        d_model=64,
+        decoder_in_channels=[32, 32, 32],
+        decoder_layers=2,
+        decoder_attention_heads=4,  # not 3: that many levels there are, and a class in which both are 3 is grafted
+        decoder_n_points=2,
+        decoder_ffn_dim=44,
+        num_queries=7,
+        num_labels=5,
+        num_denoising=0,
+        anchor_image_size=None,
+    )
+    return model, pixels(64)
+
+
 def detr() -> Built:
     transformers = pytest.importorskip("transformers")
     backbone = transformers.ResNetConfig(
@@ -280,6 +342,8 @@ TINY: dict[str, Callable[[], Built]] = {
         strides=[4, 2], num_attention_heads=[2, 3], mlp_ratios=[3, 2], decoder_hidden_size=20, num_labels=5,
     ),
     "detr": detr,
+    "deformable_detr": deformable_detr,
+    "rt_detr": rt_detr,
     "clip": other(
         "CLIPModel", "CLIPConfig", _two_towers, text_config=_CLIP_TEXT, vision_config=_CLIP_VISION, projection_dim=20,
     ),
