@@ -16,13 +16,15 @@ aten = torch.ops.aten
 def quick(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
     """What `target` returns for operands on the meta device; None where its kernel has to say."""
     shape = _SHAPES.get(target)
-    if shape is None or kwargs or not args[0].is_contiguous() or not args[0].is_floating_point():
+    if shape is None or kwargs or not args or not isinstance(args[0], torch.Tensor):
+        return None
+    if not args[0].is_contiguous() or not args[0].is_floating_point():
         return None
     found = shape(*args)
     if found is None:
         return None
     if target._schema.is_mutable:
-        return args[0]  # type: ignore[no-any-return]
+        return args[0] if found == args[0].shape else None
     return torch.empty(found, dtype=args[0].dtype, device="meta")
 
 
@@ -55,6 +57,30 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
     return (*x.shape[:-1], weight.shape[0]) if fits and _fit(weight.shape[:1], bias) else None
 
 
+def _broadcast(x: torch.Tensor, other: Any) -> Shape | None:
+    if isinstance(other, (int, float)):
+        return x.shape
+    if not isinstance(other, torch.Tensor) or other.dtype != x.dtype or not other.is_contiguous():
+        return None
+    return x.shape if x.shape == other.shape else _common(x.shape, other.shape)
+
+
+def _common(a: Shape, b: Shape) -> Shape | None:
+    """The shape that two shapes broadcast to."""
+    rank = max(len(a), len(b))
+    a, b = ((1,) * (rank - len(shape)) + tuple(shape) for shape in (a, b))
+    fits = all(m == n or 1 in (m, n) for m, n in zip(a, b, strict=True))
+    return torch.Size(n if m == 1 else m for m, n in zip(a, b, strict=True)) if fits else None
+
+
+def _mean(x: torch.Tensor, dims: Any, keep: bool = False) -> Shape | None:
+    if not isinstance(dims, (list, tuple)) or not dims:
+        return None
+    gone = {d % x.dim() for d in dims}
+    kept = (1 if d in gone else n for d, n in enumerate(x.shape) if keep or d not in gone)
+    return torch.Size(kept)
+
+
 _SHAPES: Mapping[Any, Callable[..., Shape | None]] = {
     aten.batch_norm.default: _batch_norm,
     aten.layer_norm.default: _layer_norm,
@@ -68,4 +94,6 @@ _SHAPES: Mapping[Any, Callable[..., Shape | None]] = {
     aten.hardtanh.default: _same,
     aten.hardtanh_.default: _same,
     aten.relu6.default: _same,
+    **{getattr(aten, name).Tensor: _broadcast for name in ("add", "sub", "mul", "div", "add_", "mul_")},
+    aten.mean.dim: _mean,
 }

@@ -207,6 +207,7 @@ def operand(*shape: int) -> torch.Tensor:
 
 
 aten = torch.ops.aten
+BINARY = [op for op, shape in shapes._SHAPES.items() if shape is shapes._broadcast]
 QUICK = [
     (aten.batch_norm.default, (operand(2, 3, 5), *[operand(3)] * 4, False, 0.1, 1e-5, True)),
     (aten.batch_norm.default, (operand(2, 3), None, None, operand(3), operand(3), False, 0.1, 1e-5, True)),
@@ -214,6 +215,13 @@ QUICK = [
     (aten.group_norm.default, (operand(2, 6, 5), 3, operand(6), operand(6))),
     (aten.linear.default, (operand(2, 7, 3), operand(5, 3), operand(5))),
     (aten.linear.default, (operand(2, 3).double(), operand(5, 3).double())),
+    (aten.mean.dim, (operand(2, 3, 5), [-1, 1])),
+    (aten.mean.dim, (operand(2, 3, 5), [1, 2], True)),
+    *((op, (operand(2, 3, 5), operand(2, 3, 5))) for op in BINARY),
+    *((op, (operand(2, 3, 5), 2)) for op in BINARY),
+    *((op, (operand(2, 3, 5), operand(2, 1, 5))) for op in BINARY),
+    *((op, (operand(2, 3, 5), operand(3, 1))) for op in BINARY),
+    *((op, (operand(2, 3, 1), operand(2, 1, 5))) for op in BINARY if not op._schema.is_mutable),
     *((op, (operand(2, 3, 5),)) for op in shapes._SHAPES if shapes._SHAPES[op] is shapes._same),
 ]
 
@@ -239,6 +247,11 @@ def test_every_op_that_is_not_run_is_tested():
         (aten.layer_norm.default, (operand(2, 3), [4])),
         (aten.group_norm.default, (operand(2, 5, 3), 3)),
         (aten.gelu.default, (operand(2, 3).int(),)),
+        (aten.add.Tensor, (operand(2, 3), operand(2, 3).double())),
+        (aten.add.Tensor, (operand(2, 3), operand(2, 4))),
+        (aten.add.Tensor, (operand(2, 3), operand(3, 2).t())),
+        (aten.add_.Tensor, (operand(2, 1), operand(2, 3))),
+        (aten.mean.dim, (operand(2, 3), None)),
         (aten.gelu.default, (operand(2, 3).t(),)),
     ],
 )
