@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,34 +50,46 @@ class Magnitude:
         first = {atom: starts[name] for name, atom in coupling.atoms.items()}
         memo: dict[Axis, Any] = {}
         total = torch.zeros(sum(sizes.values()), dtype=torch.float64)
-        for axis, slots in _by_axis(coupling).items():
+        for axis, powers in _by_axis(coupling, parameters, self.p).items():
             at, which = (torch.from_numpy(a) for a in axes.places(axis, first, memo))
             if len(at):
-                powers = torch.stack([_power(parameters[name], name, d, self.p) for name, d in slots])
-                total.index_add_(0, which, powers.sum(0)[at])
+                total.index_add_(0, which, powers[at])
         scores = torch.split(total.pow(1 / self.p), list(sizes.values()))
         return dict(zip(sizes, scores, strict=True))
 
 
-def _by_axis(coupling: Coupling) -> dict[Axis, list[tuple[str, int]]]:
-    """The (parameter, dim) slots that have one and the same axis."""
-    slots: dict[Axis, list[tuple[str, int]]] = {}
+def _by_axis(coupling: Coupling, parameters: Mapping[str, torch.Tensor], p: float) -> dict[Axis, torch.Tensor]:
+    """Per axis, the sum of the p-th powers of the weights at each of its positions, over all slots that have it."""
+    grouped = set(coupling.atoms.values())
+    sums: dict[Axis, torch.Tensor] = {}
     for value in coupling.program.parameters:
-        for d, axis in enumerate(coupling.dims[value]):
-            slots.setdefault(coupling.axes.find(axis), []).append((value.target, d))
-    return slots
+        found = [coupling.axes.find(axis) for axis in coupling.dims[value]]
+        dims = [d for d, axis in enumerate(found) if not grouped.isdisjoint(coupling.axes.leaves(axis))]
+        for d, powers in zip(dims, _powers(parameters[value.target], value.target, dims, p), strict=True):
+            sums[found[d]] = sums[found[d]] + powers if found[d] in sums else powers
+    return sums
 
 
-def _power(parameter: torch.Tensor, name: str, dim: int, p: float) -> torch.Tensor:
-    """The sum of the p-th powers of a weight at each position of a dim.
+def _powers(parameter: torch.Tensor, name: str, dims: Sequence[int], p: float) -> list[torch.Tensor]:
+    """The sum of the p-th powers of a weight at each position of each of `dims`, in float64.
 
     Raises:
         InputError: the weight is on the meta device.
     """
+    if not dims:
+        return []
     if parameter.is_meta:
         raise InputError(f"{name} is on the meta device and has no values to rank; load weights first")
-    others = [k for k in range(parameter.dim()) if k != dim]
-    if not others:
-        return parameter.detach().double().abs().pow(p).cpu()
-    norm: torch.Tensor = torch.linalg.vector_norm(parameter.detach(), p, dim=others, dtype=torch.float64)
-    return norm.pow(p).cpu()
+    others = [d for d in range(parameter.dim()) if d not in dims]
+    if others:  # one pass over the weight, without a copy of it
+        held = _power(torch.linalg.vector_norm(parameter.detach(), p, dim=others, dtype=torch.float64), p)
+    else:
+        held = _power(parameter.detach().double(), p)
+    return [
+        held.sum([k for k in range(len(dims)) if k != d]).cpu() if len(dims) > 1 else held.cpu()
+        for d in range(len(dims))
+    ]
+
+
+def _power(x: torch.Tensor, p: float) -> torch.Tensor:
+    return x.square() if p == 2 else x.abs().pow(p)
