@@ -77,6 +77,7 @@ def _power(parameter: torch.Tensor, name: str, dim: int, p: float) -> torch.Tens
         raise InputError(f"{name} is on the meta device and has no values to rank; load weights first")
     others = [k for k in range(parameter.dim()) if k != dim]
     if not others:
-        return parameter.detach().double().abs().pow(p).cpu()
-    norm: torch.Tensor = torch.linalg.vector_norm(parameter.detach(), p, dim=others, dtype=torch.float64)
+        return parameter.detach().abs().double().pow(p).cpu()
+    wide = torch.complex128 if parameter.is_complex() else torch.float64
+    norm: torch.Tensor = torch.linalg.vector_norm(parameter.detach(), p, dim=others, dtype=wide)
     return norm.pow(p).cpu()
