@@ -315,6 +315,7 @@ class Leaving(nn.Module):
         super().__init__()
         self.first, self.last = nn.Linear(3, 8), nn.Linear(8, 4)
         self.log, self.state, self.recent = {"deep": [{"list": []}]}, Plain(), collections.deque(maxlen=2)
+        self.renamed = {0: True}
         self.scale, self.generator = torch.ones(8), torch.Generator().manual_seed(5)
         self.register_buffer("mean", torch.zeros(8))
 
@@ -323,6 +324,7 @@ class Leaving(nn.Module):
         self.state.calls += 1
         self.state.seen.append(x)
         self.recent.append(x)
+        self.renamed[self.renamed.popitem()[0] + 1] = True
         self.scale.add_(1)
         self.mean.data.add_(1)
         return self.last(self.first(x).relu() * self.scale) + torch.rand(1, generator=self.generator)
@@ -334,7 +336,7 @@ def test_nothing_that_a_model_reaches_is_changed(emit):
     generator, before = model.generator.get_state(), snapshot(model)
     assert half(model, emit=emit).report.verification.error < 1e-5
     same(before, snapshot(model))
-    assert model.log == {"deep": [{"list": []}]}
+    assert (model.log, model.renamed) == ({"deep": [{"list": []}]}, {0: True})
     assert (model.state.calls, model.state.seen, len(model.recent)) == (0, [], 0)
     assert torch.equal(model.scale, torch.ones(8))
     assert torch.equal(model.generator.get_state(), generator)
