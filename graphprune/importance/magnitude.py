@@ -82,9 +82,10 @@ def _powers(parameter: torch.Tensor, name: str, dims: Sequence[int], p: float) -
         raise InputError(f"{name} is on the meta device and has no values to rank; load weights first")
     others = [d for d in range(parameter.dim()) if d not in dims]
     if others:  # one pass over the weight, without a copy of it
-        held = _power(torch.linalg.vector_norm(parameter.detach(), p, dim=others, dtype=torch.float64), p)
+        wide = torch.complex128 if parameter.is_complex() else torch.float64
+        held = _power(torch.linalg.vector_norm(parameter.detach(), p, dim=others, dtype=wide), p)
     else:
-        held = _power(parameter.detach().double(), p)
+        held = _power((parameter.detach().abs() if parameter.is_complex() else parameter.detach()).double(), p)
     return [
         held.sum([k for k in range(len(dims)) if k != d]).cpu() if len(dims) > 1 else held.cpu()
         for d in range(len(dims))

@@ -215,7 +215,7 @@ def _conditions(part: Coupling, call: Call, path: str) -> list[str]:
 
 
 def _fixed_conditions(part: Coupling, plan: Plan, call: Call, path: str) -> Iterator[str]:
-    """Expressions for what the trace fixed: sizes as the plan leaves them, and arguments that are no tensors."""
+    """Expressions for what the trace fixed: sizes, arguments that are no tensors, and those that are one tensor."""
     keep = {part.atoms[n]: len(k) for n, k in plan.groups.items()}
     memo: dict[Any, Any] = {}
     for name, value, sizes in zip(
@@ -225,7 +225,10 @@ def _fixed_conditions(part: Coupling, plan: Plan, call: Call, path: str) -> Iter
         for d, size in enumerate(sizes):
             if isinstance(size, int):
                 yield f"{name}.shape[{d}] == {part.axes.width(axes[d], keep, memo) if axes else size}"
+    first: dict[int, str] = {}
     for name, leaf in named_leaves(call, path):
+        if isinstance(leaf, torch.Tensor) and first.setdefault(id(leaf), name) != name:
+            yield f"{name} is {first[id(leaf)]}"  # the trace reads it under one of its names
         if leaf is None or isinstance(leaf, bool):
             yield f"{name} is {leaf!r}"
         elif isinstance(leaf, (int, float, str)):

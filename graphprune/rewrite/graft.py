@@ -164,9 +164,9 @@ def _stopped_in(model: nn.Module, inputs: Inputs, *, dry: bool) -> str | None:
 
 def graft(module: nn.Module, forward: Forward) -> None:
     """Give `module` this forward, in place; its tensors of code become buffers that are not saved."""
+    module.__class__ = _grafted(type(module), forward.source)
     for name, tensor in forward.constants.items():
         module.register_buffer(name, tensor, persistent=False)
-    module.__class__ = _grafted(type(module), forward.source)
 
 
 def ungraft(module: nn.Module, forward: Forward) -> None:
@@ -195,7 +195,11 @@ _classes: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
 
 
 def _grafted(base: type[nn.Module], source: str) -> type[nn.Module]:
-    """A subclass of `base` that differs in its forward only."""
+    """A subclass of `base` that differs in its forward only.
+
+    Raises:
+        RewriteError: the class does not let itself be subclassed.
+    """
     if (base, source) in _classes:
         return _classes[base, source]
     file = f"<graft of {base.__qualname__} {hash(source) & 0xFFFFFFFF:08x}>"
@@ -209,12 +213,16 @@ def _grafted(base: type[nn.Module], source: str) -> type[nn.Module]:
         "__qualname__": base.__qualname__,
         "__reduce_ex__": _reduced,
     }
-    return _classes.setdefault((base, source), type(base.__name__, (base,), dict(body)))
+    try:
+        made: type[nn.Module] = type(base.__name__, (base,), dict(body))
+    except Exception as error:  # a hook of the class runs, which may refuse
+        raise RewriteError(f"{base.__name__} cannot be subclassed: {type(error).__name__}: {error}") from error
+    return _classes.setdefault((base, source), made)
 
 
 def _reduced(module: nn.Module, _: Any) -> tuple[Any, ...]:
     """How a grafted module is copied and pickled: its class is made anew from its base and the source."""
-    return _restored, (_base(module), source_of(module)), vars(module).copy()
+    return _restored, (_base(module), source_of(module)), module.__getstate__()  # type: ignore[no-untyped-call]
 
 
 def _restored(base: type[nn.Module], source: str) -> nn.Module:

@@ -85,6 +85,8 @@ def added(call: Call) -> Sequence[Dims]:
 def attention(call: Call) -> Sequence[Dims]:
     """Attention; with `enable_gqa` each key/value head serves a run of query heads."""
     query, key, *_ = call.node.values()
+    for axis in (a for v in (query, key) for a in call.dims(v)[:-1] if call["dropout_p"]):
+        call.pin(axis, f"{call.node.op} draws for every weight of its dropout")
     heads, kept = query.shape[-3] if len(query.shape) > 3 else 1, key.shape[-3] if len(key.shape) > 3 else 1
     if call["enable_gqa"] and heads != kept:
         return _GROUPED_QUERY(call, h=kept)

@@ -156,7 +156,7 @@ class _Before:
             if len(held):
                 held.clear()
         for held, saved in self.dicts:
-            if len(held) != len(saved) or not all(map(operator.is_, dict.values(held), saved.values())):
+            if held.keys() != saved.keys() or not all(map(operator.is_, dict.values(held), saved.values())):
                 dict.clear(held)
                 dict.update(held, saved)
         for held, items in self.lists:
