@@ -10,6 +10,7 @@ from typing import Literal
 from torch import nn
 
 from graphprune.axes import Atom, Axes, Axis, Pin, Sum
+from graphprune.collector import paused
 from graphprune.coupling import Coupling, Exactness, Group, Member, Members, PinnedAxis, Unknown
 from graphprune.errors import InputError, RuleError, TraceError, UnknownName, UnsupportedOp, nearest
 from graphprune.program import Node, Program, Value
@@ -17,6 +18,7 @@ from graphprune.rules import RULES, Applied, Call, Dims, Rule, find, left
 from graphprune.trace import Inputs, trace
 
 
+@paused()
 def couple(
     program: Program,
     *,

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from graphprune.collector import paused
 from graphprune.coupling import Coupling
 from graphprune.errors import RewriteError, TraceError
 from graphprune.plan import Plan
@@ -88,6 +89,7 @@ class Readings:
         count: how many readings there are.
     """
 
+    @paused()
     def __init__(self, model: nn.Module, coupling: Coupling, plan: Plan) -> None:
         self.small = _copied(model, plan)
         _refresh(self.small)

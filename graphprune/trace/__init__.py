@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from graphprune.collector import paused
 from graphprune.errors import InputError, TraceError
 from graphprune.program import Program
 from graphprune.trace.export import export, nested_graph
@@ -63,7 +64,7 @@ def trace(
     register((inputs.args, dict(inputs.kwargs)))
     if front_end == "record" or (front_end == "auto" and not dynamic_batch):
         try:
-            with untouched(model), torch.no_grad():
+            with paused(), untouched(model), torch.no_grad():
                 program = record(model, inputs)
             check_written(program)
             return program
