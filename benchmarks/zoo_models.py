@@ -207,8 +207,9 @@ def _audio() -> dict[str, Any]:
 _WIDE = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 3}
 _TEXT = _WIDE | {"vocab_size": 101, "max_position_embeddings": 33}
 _CLASSES = _TEXT | {"num_labels": 5}
-_CAUSAL = _TEXT | {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 10, "pad_token_id": 0}
-_UNIFORM = {k: v for k, v in _CAUSAL.items() if k != "head_dim"} | {"hidden_size": 60}
+_CAUSAL = _TEXT | {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 12, "pad_token_id": 0}
+"""Half of 6 pairs and half of 12 channels agree, as they do for the 64 or 128 channels of a real head."""
+_UNIFORM = {k: v for k, v in _CAUSAL.items() if k != "head_dim"} | {"hidden_size": 72}
 _VISION = _WIDE | {"image_size": 32, "patch_size": 8}
 _TOWERS = {
     "text_config": _TEXT | {"eos_token_id": 2},

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from graphprune.errors import GraphpruneError, RewriteError
 from graphprune.program import Program, Value
@@ -91,16 +91,25 @@ def named_leaves(call: Call, path: str) -> Iterator[tuple[str, Any]]:
     """How the forward reaches each leaf of its arguments, and what it was."""
     held = (*call.arguments.args, *call.arguments.kwargs.values())
     for name, argument in zip(call.names, held, strict=True):
-        for keys, leaf in pytree.tree_flatten_with_path(argument)[0]:
-            yield name + "".join(_key(k, path) for k in keys), leaf
+        yield from _named(argument, name, path)
 
 
-def _key(key: Any, path: str) -> str:
-    if isinstance(key, pytree.SequenceKey):
-        return f"[{key.idx}]"
-    if isinstance(key, pytree.MappingKey):
-        return f"[{key.key!r}]"
-    raise RewriteError(f"{path} takes more than tensors, tuples, lists and dicts")
+def _named(argument: Any, name: str, path: str) -> Iterator[tuple[str, Any]]:
+    """The leaves of one argument.
+
+    Raises:
+        RewriteError: it holds more than a function of tensors can take, such as a cache that the module writes to.
+    """
+    if isinstance(argument, (tuple, list)):
+        for i, held in enumerate(argument):
+            yield from _named(held, f"{name}[{i}]", path)
+    elif type(argument) in (dict, OrderedDict):
+        for key, held in argument.items():
+            yield from _named(held, f"{name}[{key!r}]", path)
+    elif isinstance(argument, (torch.Tensor, type(None), bool, int, float, str)):
+        yield name, argument
+    else:
+        raise RewriteError(f"{path} is handed a {type(argument).__name__} as {name}")
 
 
 class Parts:
@@ -158,15 +167,6 @@ def _told(whole: Program, path: str) -> Any:
 
 
 def _told_call(call: Call, path: str) -> Any:
-    """The arguments of a call, but for the values of tensors.
-
-    Raises:
-        RewriteError: one is more than a function of tensors can take, such as a cache that the module writes to.
-    """
-    plain = (torch.Tensor, type(None), bool, int, float, str)
-    told = []
-    for name, leaf in named_leaves(call, path):
-        if not isinstance(leaf, plain):
-            raise RewriteError(f"{path} is handed a {type(leaf).__name__} as {name}")
-        told.append((name, (leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else repr(leaf)))
-    return tuple(told)
+    """The arguments of a call, but for the values of tensors."""
+    leaves = named_leaves(call, path)
+    return tuple((n, (x.shape, x.dtype) if isinstance(x, torch.Tensor) else repr(x)) for n, x in leaves)
