@@ -80,12 +80,13 @@ def _powers(parameter: torch.Tensor, name: str, dims: Sequence[int], p: float) -
         return []
     if parameter.is_meta:
         raise InputError(f"{name} is on the meta device and has no values to rank; load weights first")
-    others = [d for d in range(parameter.dim()) if d not in dims]
-    if others:  # one pass over the weight, without a copy of it
+    others, weight = [d for d in range(parameter.dim()) if d not in dims], parameter.detach()
+    if any(parameter.shape[d] > 1 for d in others):  # one pass over the weight, without a copy of it
         wide = torch.complex128 if parameter.is_complex() else torch.float64
-        held = _power(torch.linalg.vector_norm(parameter.detach(), p, dim=others, dtype=wide), p)
+        held = _power(torch.linalg.vector_norm(weight, p, dim=others, dtype=wide), p)
     else:
-        held = _power((parameter.detach().abs() if parameter.is_complex() else parameter.detach()).double(), p)
+        weight = weight.reshape([parameter.shape[d] for d in dims])
+        held = _power((weight.abs() if parameter.is_complex() else weight).double(), p)
     return [
         held.sum([k for k in range(len(dims)) if k != d]).cpu() if len(dims) > 1 else held.cpu()
         for d in range(len(dims))

@@ -64,7 +64,7 @@ def trace(
     register((inputs.args, dict(inputs.kwargs)))
     if front_end == "record" or (front_end == "auto" and not dynamic_batch):
         try:
-            with paused(), untouched(model), torch.no_grad():
+            with paused(), untouched(model, computing=False), torch.no_grad():
                 program = record(model, inputs)
             check_written(program)
             return program

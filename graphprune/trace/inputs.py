@@ -7,7 +7,7 @@ import operator
 import random
 import sys
 import warnings
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -56,15 +56,19 @@ class Inputs:
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
+def untouched(model: nn.Module, *, computing: bool = True) -> Iterator[None]:
     """Put `model` in eval mode for the block; afterwards it is as before, and so are the random generators.
 
     As before means flags, attributes, what its containers and the objects it keeps hold, and the values of its buffers
     and of all tensors that are no parameters. Parameters hold the same memory again.
+
+    Args:
+        model: any module.
+        computing: whether ops run in the block; without, no tensor can get other values, and none is kept.
     """
     scripted = [(m, m.training) for m in model.modules() if isinstance(m, torch.jit.ScriptModule)]
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    before = _Before(_reached(model))
+    before = _Before(model, values=computing)
     try:
         with same_random_numbers(model), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Using `torch.compile")  # of hooks that are not the user's
@@ -94,32 +98,6 @@ def same_random_numbers(model: nn.Module | None = None) -> Iterator[None]:
         np.random.set_state(generators[1])
 
 
-def _reached(model: nn.Module) -> Iterator[Any]:
-    """What a forward may write to: the containers, tensors and generators that a model reaches, each once.
-
-    The attributes of modules and of the objects they keep are dicts like any other. Objects of the standard library
-    (locks, files, loggers) and of torch and NumPy are left alone.
-    """
-    rest: list[Any] = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
-    seen: dict[int, Any] = {}  # kept alive, so that ids stay unique
-    while rest:
-        held = rest.pop()
-        if id(held) in seen or isinstance(held, (type, torch.jit.ScriptModule)):
-            continue
-        seen[id(held)] = held
-        if isinstance(held, dict):
-            rest += [v for v in dict.values(held) if type(v) not in _PLAIN]
-        elif isinstance(held, (list, tuple, set, deque)):
-            rest += [v for v in held if type(v) not in _PLAIN]
-            if isinstance(held, tuple):
-                continue
-        elif not isinstance(held, (torch.Tensor, torch.Generator)):
-            if _keeps_attributes(held):
-                rest.append(vars(held))
-            continue
-        yield held
-
-
 _PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes})
 _LEFT_ALONE = frozenset({*sys.stdlib_module_names, "torch", "numpy"})
 
@@ -131,24 +109,51 @@ def _keeps_attributes(held: Any) -> bool:
 
 
 class _Before:
-    """What containers, tensors and generators hold now, to bring it back."""
+    """What a forward may write to, as it is now: the containers, tensors and generators that a model reaches.
 
-    def __init__(self, reached: Iterator[Any]) -> None:
+    The attributes of modules and of the objects they keep are dicts like any other. Objects of the standard library
+    (locks, files, loggers) and of torch and NumPy are left alone.
+
+    Args:
+        model: where to start.
+        values: whether tensors that are no parameters may get other values.
+    """
+
+    def __init__(self, model: nn.Module, *, values: bool) -> None:
+        self.values = values
         self.empty: list[Any] = []
         self.dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
         self.lists: list[tuple[Any, list[Any]]] = []
         self.others: list[Callable[[], object]] = []
-        for held in reached:
-            if isinstance(held, torch.Tensor):
-                self.others.append(_undo_tensor(held))
-            elif isinstance(held, torch.Generator):
-                self.others.append(functools.partial(held.set_state, held.get_state()))
-            elif not len(held):
-                self.empty.append(held)
-            elif isinstance(held, dict):
-                self.dicts.append((held, dict(dict.items(held))))
-            else:
-                self.lists.append((held, list(held)))
+        rest: list[Any] = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+        seen: dict[int, Any] = {}  # kept alive, so that ids stay unique
+        while rest:
+            held = rest.pop()
+            if id(held) not in seen and not isinstance(held, (type, torch.jit.ScriptModule)):
+                seen[id(held)] = held
+                rest += self._note(held)
+
+    def _note(self, held: Any) -> list[Any]:
+        """Note one object; returns what it holds in turn."""
+        if isinstance(held, dict):
+            saved = dict(dict.items(held))
+            self.dicts.append((held, saved))
+            inside = [v for v in saved.values() if type(v) not in _PLAIN]
+            # most of a module is empty dicts of hooks
+            self.empty += [v for v in inside if type(v) is OrderedDict and not v]
+            return [v for v in inside if type(v) is not OrderedDict or v]
+        if isinstance(held, (list, tuple, set, deque)):
+            items = list(held)
+            if not isinstance(held, tuple):
+                self.lists.append((held, items))
+            return [v for v in items if type(v) not in _PLAIN]
+        if isinstance(held, torch.Tensor):
+            self.others.append(_undo_tensor(held, values=self.values))
+        elif isinstance(held, torch.Generator):
+            self.others.append(functools.partial(held.set_state, held.get_state()))
+        elif _keeps_attributes(held):
+            return [vars(held)]
+        return []
 
     def restore(self) -> None:
         """Bring back what changed; what did not is not written to."""
@@ -167,19 +172,22 @@ class _Before:
             step()
 
 
-def _undo_tensor(tensor: torch.Tensor) -> Callable[[], None]:
+def _undo_tensor(tensor: torch.Tensor, *, values: bool) -> Callable[[], None]:
     """A forward may give a tensor other memory (`x.data = ...`); only what is no parameter may have other values."""
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested or tensor.is_meta:
         return lambda: None
     data = tensor.detach()
-    values = None if isinstance(tensor, nn.Parameter) else data.clone()
+    held = data.clone() if values and not isinstance(tensor, nn.Parameter) else None
 
     def back() -> None:
+        moved = tensor.data_ptr() != data.data_ptr() or tensor.shape != data.shape
+        if not moved and (held is None or torch.equal(tensor, held)):
+            return
         with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-            if tensor.data_ptr() != data.data_ptr() or tensor.shape != data.shape:
+            if moved:
                 tensor.data = data
-            if values is not None and not torch.equal(tensor, values):
-                tensor.copy_(values)
+            if held is not None:
+                tensor.copy_(held)
 
     return back
 
@@ -204,4 +212,6 @@ def output_tensors(output: Any) -> list[torch.Tensor]:
 
 
 def _cuda_devices(model: nn.Module) -> list[int]:
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return []
     return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
@@ -42,7 +43,7 @@ def _parts(model: nn.Module) -> Iterator[str]:
     if isinstance(model, nn.DataParallel):
         yield "model is wrapped in DataParallel; prune model.module and wrap the result again"
     for path, part in model.named_modules():
-        kinds = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(part).__mro__]
+        kinds = _kinds(type(part))  # type: ignore[arg-type]
         what, name = path or "model", type(part).__name__
         if _REPLICATED in kinds:
             inner = f"put {path}.module in its place, prune the model" if path else "prune model.module"
@@ -53,6 +54,12 @@ def _parts(model: nn.Module) -> Iterator[str]:
             yield f"{what} is a ScriptModule with weights; put the module it was made from in its place"
         elif type(part).__module__.startswith(_QUANTISED):
             yield f"{what} is a quantised {name}; prune the float model and quantise the result"
+
+
+@functools.cache
+def _kinds(part: Any) -> frozenset[str]:
+    """The full names of a class and of those it derives from."""
+    return frozenset(f"{kind.__module__}.{kind.__qualname__}" for kind in part.__mro__)
 
 
 # -- tensors -----------------------------------------------------------------------------------------------------
@@ -86,6 +93,8 @@ _ODD: tuple[tuple[Callable[[torch.Tensor], bool], str, str], ...] = (
 
 def _odd_kind(tensor: torch.Tensor) -> tuple[str, str] | None:
     """What a tensor is that no op can be followed through, and what to use instead."""
+    if tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested:
+        return None
     return next(((what, instead) for holds, what, instead in _ODD if holds(tensor)), None)
 
 
