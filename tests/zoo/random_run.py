@@ -127,8 +127,8 @@ def table(run: Mapping[str, Any]) -> str:
         "another batch size (1e-4, float32). Recording and export must give the same groups.",
         "",
         f"* {run['done']} networks, {run['with_groups']} of them with groups; {len(run['failures'])} failures",
-        f"* emitters: {counts} (asked for: {', '.join(f'{k} {n}' for k, n in sorted(run['asked'].items()))});",
-        "  *refused* are plans that give one width to what an LSTM with projections tells apart by size",
+        f"* emitters: {counts} (asked for: {', '.join(f'{k} {n}' for k, n in sorted(run['asked'].items()))}); *none*",
+        "  where there was no group, *refused* where a plan gave one width to what an op tells apart by size",
         f"* {run['groups']} groups of {run['channels']} channels, of which {run['removed']} were removed",
         f"* largest relative error {run['largest_error']:.1e} (network {run['largest_error_at']}); zeroing moved the "
         f"outputs by more than 1e-3 in {run['moved']} networks",
