@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from graphprune.errors import RewriteError
 from graphprune.plan import Plan, sliced
-from graphprune.trace import same_random_numbers
+from graphprune.trace import forget, same_random_numbers
 
 
 def held(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -66,6 +66,10 @@ def deepcopied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
             made: nn.Module = copy.deepcopy(model, memo)
     except Exception as error:
         raise RewriteError(f"{name} cannot be copied: {type(error).__name__}: {error}") from error
+    modes = [(part, part.training) for part in made.modules() if not isinstance(part, torch.jit.ScriptModule)]
+    forget(made)
+    for part, training in modes:
+        vars(part)["training"] = training  # a class may refuse to have attributes set
     own = {id(part) for part in model.modules()} | {id(tensor) for _, tensor in held(model)}
     shared = [path for path, part in (*made.named_modules(), *held(made)) if id(part) in own]
     if shared:

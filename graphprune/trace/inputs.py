@@ -73,6 +73,7 @@ def untouched(model: nn.Module, *, computing: bool = True) -> Iterator[None]:
         with same_random_numbers(model), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Using `torch.compile")  # of hooks that are not the user's
             torch.backends.mha.set_fastpath_enabled(False)
+            forget(model)
             for module in model.modules():
                 if isinstance(module, torch.jit.ScriptModule):
                     module.training = False
@@ -84,6 +85,25 @@ def untouched(model: nn.Module, *, computing: bool = True) -> Iterator[None]:
         for module, training in scripted:
             module.training = training
         before.restore()
+
+
+def forget(model: nn.Module) -> None:
+    """Let modules drop what they keep for eval mode, such as a table of biases computed from a weight.
+
+    They do so on entering training mode. Only those that keep tensors in a dict of their own are asked, each alone:
+    others may do more there, as layers that merge weights do.
+    """
+    for module in model.modules():
+        if type(module).train is not nn.Module.train and any(map(_keeps_tensors, vars(module).values())):
+            children, vars(module)["_modules"] = module._modules, {}
+            try:
+                module.train()
+            finally:
+                vars(module)["_modules"] = children
+
+
+def _keeps_tensors(held: Any) -> bool:
+    return type(held) is dict and any(type(value) is torch.Tensor for value in held.values())
 
 
 @contextmanager

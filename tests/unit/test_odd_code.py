@@ -326,3 +326,42 @@ def test_a_grafted_module_is_loaded_in_another_process(tmp_path):
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert found.stdout.split() == ["True", "7"], found.stderr
+
+
+class Biased(nn.Module):
+    """Keeps, in eval mode, a table it computes from a weight; entering training mode drops it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 6), nn.Linear(6, 2)
+        self.bias, self.held = nn.Parameter(torch.rand(6, 4)), {}
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode:
+            self.held = {}
+        return self
+
+    def forward(self, x):
+        if self.training:
+            return self.last(self.first(x) + self.bias[:, 1])
+        key = str(x.device)
+        if key not in self.held:
+            self.held[key] = self.bias[:, 1]
+        return self.last(self.first(x) + self.held[key])
+
+
+@pytest.mark.parametrize("emit", ["auto", "graph"])
+def test_what_a_model_keeps_for_eval_mode_is_computed_anew(emit):
+    torch.manual_seed(0)
+    model, x = Biased().eval(), torch.rand(4, 3)
+    with torch.no_grad():
+        model(x)
+    before = model.held
+    result = gp.prune(model, x, target=gp.Target(channels=0.5), emit=emit)
+    assert model.held is before
+    assert list(before) == ["cpu"]
+    assert not model.training
+    assert result.report.emitter == ("module" if emit == "auto" else "graph")
+    assert list(result.plan.sizes.values()) == [6]
+    assert result.report.verification.error < 1e-9
