@@ -324,6 +324,7 @@ TINY: dict[str, Callable[[], Built]] = {
     "rwkv": other(
         "RwkvForCausalLM", "RwkvConfig", tokens,
         hidden_size=24, attention_hidden_size=24, intermediate_size=72, num_hidden_layers=2, vocab_size=101, use_cache=False,
+        rescale_every=0,  # else its first forward in eval mode divides weights in place, which is refused
     ),
     "vit": vision("ViTForImageClassification", "ViTConfig", num_labels=5),
     "deit": vision("DeiTModel", "DeiTConfig"),
