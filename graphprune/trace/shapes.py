@@ -1,4 +1,4 @@
-"""Results of frequent ops without running them: their kernels for the meta device are Python, up to 2 ms a call.
+"""Results of frequent ops without running them: their kernels for the meta device are slow Python.
 
 Only for plain cases: contiguous floats whose operands fit. Anything else runs the kernel, which says what is wrong.
 """
