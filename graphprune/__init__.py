@@ -5,6 +5,8 @@ from graphprune.allocate import Target, allocate
 from graphprune.couple import couple
 from graphprune.coupling import Coupling, Group
 from graphprune.errors import (
+    CalibrationError,
+    CriterionError,
     GraphpruneError,
     InputError,
     PlanError,
@@ -29,7 +31,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "RULES",
+    "CalibrationError",
     "Coupling",
+    "CriterionError",
     "GraphpruneError",
     "Group",
     "InputError",

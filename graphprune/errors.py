@@ -30,6 +30,14 @@ class UnknownName(GraphpruneError):
     """A name that is not in the model or in the coupling."""
 
 
+class CalibrationError(GraphpruneError):
+    """A pass over the user's batches cannot give the statistics it is asked for."""
+
+
+class CriterionError(GraphpruneError):
+    """An importance criterion has nothing to say about a group."""
+
+
 class PlanError(GraphpruneError):
     """A plan does not fit the model it is used on."""
 
