@@ -10,12 +10,10 @@ import torch
 from torch import fx
 
 from graphprune.program import Node, Program
-from graphprune.trace import Inputs, nested_graph, same_random_numbers
+from graphprune.trace import Inputs, StandIn, nested_graph, same_random_numbers
 
 Watch = Callable[[Node, Any], None]
 """Called with each node and its result."""
-StandIn = Callable[[Node, Any, tuple[Any, ...], Mapping[str, Any]], Any]
-"""Called with a node, the op it calls and the values of its arguments; returns the result, or None to run the op."""
 
 
 def interpret(
@@ -26,7 +24,7 @@ def interpret(
     watch: Watch | None = None,
     stand_in: StandIn | None = None,
 ) -> list[torch.Tensor]:
-    """Run `program` with this state.
+    """Run `program` with this state, without gradients.
 
     Args:
         program: from `trace`.
@@ -37,6 +35,20 @@ def interpret(
     Returns:
         The output tensors, flattened in order.
     """
+    with torch.no_grad(), same_random_numbers():
+        outputs = evaluate(program, state, inputs, watch=watch, stand_in=stand_in)
+    return [o for o in outputs if isinstance(o, torch.Tensor)]
+
+
+def evaluate(
+    program: Program,
+    state: Mapping[str, torch.Tensor],
+    inputs: Inputs,
+    *,
+    watch: Watch | None = None,
+    stand_in: StandIn | None = None,
+) -> list[Any]:
+    """As `interpret`, with gradients as set outside; returns every leaf of the output, tensor or not."""
     exported = program.source
     given = iter(inputs.map(torch.clone).tensors())
     operands: list[Any] = []
@@ -48,9 +60,7 @@ def interpret(
             held = state[spec.target] if spec.target in state else exported.constants[spec.target]
             operands.append(held if spec.kind.name == "PARAMETER" else _apart(held))
     nodes = {node.name: node for node in program.nodes}
-    with torch.no_grad(), same_random_numbers():
-        outputs = _Runner(exported.graph_module, nodes, "", watch, stand_in).run(*operands)
-    return [o for o in outputs if isinstance(o, torch.Tensor)]
+    return list(_Runner(exported.graph_module, nodes, "", watch, stand_in).run(*operands))
 
 
 def _apart(held: Any) -> Any:

@@ -17,6 +17,7 @@ from graphprune.errors import InputError, TraceError
 from graphprune.program import Program
 from graphprune.trace.export import export, nested_graph
 from graphprune.trace.inputs import Inputs, forget, output_tensors, run, same_random_numbers, untouched
+from graphprune.trace.play import StandIn, play
 from graphprune.trace.record import record
 from graphprune.trace.refuse import Rewritten, check, check_written, own_failure
 from graphprune.trace.schema import signature
@@ -24,10 +25,13 @@ from graphprune.trace.tree import register
 
 __all__ = [
     "Inputs",
+    "StandIn",
     "forget",
     "nested_graph",
     "output_tensors",
     "own_failure",
+    "play",
+    "register",
     "run",
     "same_random_numbers",
     "signature",

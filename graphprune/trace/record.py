@@ -237,7 +237,7 @@ class _Recorder(SchemaCheckMode):  # type: ignore[no-untyped-call]
             hooks = nn.modules.module
             stack.callback(hooks.register_module_forward_pre_hook(self._enter).remove)
             stack.callback(hooks.register_module_forward_hook(self._leave, always_call=True).remove)
-            stack.enter_context(_as_if_exporting())
+            stack.enter_context(as_if_exporting())
             stack.enter_context(enable_pre_dispatch())
             stack.enter_context(enable_python_dispatcher())
             stack.enter_context(self)
@@ -283,7 +283,7 @@ def _twin(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _as_if_exporting() -> Iterator[None]:
+def as_if_exporting() -> Iterator[None]:
     """Let models that ask take the path they take for `torch.export`: one that does not depend on values."""
     before = torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag
     torch.compiler._is_compiling_flag = torch.compiler._is_exporting_flag = True

@@ -1,0 +1,215 @@
+"""The pass: runs the user's own module batch by batch, and reads what goes into the ends of each group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from graphprune.calibrate.batches import Batch, Criterion
+from graphprune.calibrate.sites import Consumer, End, consumers, ends
+from graphprune.calibrate.statistics import Activations, Gradients, Moments, Ranks
+from graphprune.coupling import Coupling
+from graphprune.errors import CalibrationError
+from graphprune.interpret import evaluate
+from graphprune.program import Node
+from graphprune.trace import Inputs, output_tensors, play, signature, trace
+
+
+@dataclass(frozen=True)
+class View:
+    """A model at the shapes of one kind of batch.
+
+    Attributes:
+        coupling: of a program recorded at these shapes.
+        ends: per node name, the ends at its operands.
+        consumers: per node name, the layer it is.
+        samples: how many samples a batch has.
+        written: values that are written to in place.
+    """
+
+    coupling: Coupling
+    ends: Mapping[str, Sequence[End]]
+    consumers: Mapping[str, Consumer]
+    samples: int
+    written: frozenset[Any]
+
+
+def view(model: nn.Module, coupling: Coupling, inputs: Inputs, sample_dim: int, front_end: Any = "auto") -> View:
+    """Trace `model` at the shapes of `inputs`.
+
+    Raises:
+        CalibrationError: at these shapes the model has other groups.
+    """
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    with torch.autocast(device, enabled=False):
+        program = trace(model, inputs, front_end=front_end)
+    again = coupling.again(program)
+    if not again.alike(coupling):
+        raise CalibrationError(
+            f"with inputs of shapes {[list(t.shape) for t in inputs.tensors()]} the groups of {program.model_class} are "
+            "others than with the example inputs; use example inputs like the batches"
+        )
+    by_node: dict[str, list[End]] = {}
+    for end in ends(again, sample_dim):
+        by_node.setdefault(end.node.name, []).append(end)
+    given = [v.shape[sample_dim] for v in program.inputs if len(v.shape) > sample_dim]
+    written = frozenset(v for node in program.nodes if node.op.endswith("_") for v in list(node.values())[:1])
+    return View(again, by_node, {c.node.name: c for c in consumers(again)}, (given or [1])[0], written)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What is collected: empty mappings for what is not asked for."""
+
+    gradients: Mapping[str, Gradients]
+    activations: Mapping[str, Activations]
+    ranks: Mapping[str, Ranks]
+    moments: Mapping[str, Moments]
+
+
+class Pass:
+    """Runs batches and adds to sums.
+
+    Args:
+        model: in eval mode, its parameters without gradients.
+        sums: what to add to.
+        criterion: the loss; needed for gradients.
+    """
+
+    def __init__(self, model: nn.Module, sums: Sums, criterion: Criterion | None) -> None:
+        self.model, self.sums, self.criterion = model, sums, criterion
+        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+        self.loss = 0.0
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """All sums, in the same order in every process."""
+        kinds = (self.sums.gradients, self.sums.activations, self.sums.ranks, self.sums.moments)
+        yield from (tensor for kind in kinds for held in kind.values() for tensor in held.tensors())
+
+    def reset(self) -> None:
+        """Back to no samples."""
+        self.loss = 0.0
+        for tensor in self.tensors():
+            tensor.zero_()
+
+    def run(self, batch: Batch, seen: View) -> Any:
+        """Run one batch; returns the output.
+
+        Raises:
+            CalibrationError: something is not finite, or the loss cannot be used.
+            TraceError: the model makes other calls than it was traced with.
+        """
+        self.view = seen
+        self.q = {name: torch.zeros(seen.samples, g.total.numel()) for name, g in self.sums.gradients.items()}
+        self.token = torch.zeros((), requires_grad=True)
+        self.met: set[Any] = set()
+        inputs = batch.inputs.map(torch.clone)
+        with torch.set_grad_enabled(self.criterion is not None and bool(self.sums.gradients)):
+            output = self._forward(inputs)
+            for tensor in output_tensors(output):
+                if tensor.is_floating_point() and not tensor.isfinite().all():
+                    raise CalibrationError("the model's output is not finite on a batch; look for NaN in its inputs")
+            if torch.is_grad_enabled() and self.criterion is not None:
+                self._backward(self.criterion.total(output, batch.target, seen.samples))
+        return output
+
+    def _forward(self, inputs: Inputs) -> Any:
+        program = self.view.coupling.program
+        if program.source is None:
+            return play(program, self.model, inputs, self._stand_in)
+        state = dict(self.model.named_parameters(remove_duplicate=False)) | dict(self.model.named_buffers())
+        leaves = evaluate(program, state, inputs, stand_in=self._stand_in)
+        return pytree.tree_unflatten(leaves, program.source.call_spec.out_spec)
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        try:
+            loss.backward()  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            if "inplace operation" not in str(error):
+                raise
+            raise CalibrationError(
+                f"a layer's input is overwritten in place after the layer read it: {str(error).splitlines()[0]}; "
+                "use the operation that does not write in place"
+            ) from error
+        self.loss += float(loss.detach())
+        for name, q in self.q.items():
+            self.sums.gradients[name].add(q)
+
+    # -- at a node
+
+    def _stand_in(self, node: Node, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Read the operands of a node in which channels end; None leaves the node alone."""
+        found = self.view.ends.get(node.name, ())
+        consumer = self.view.consumers.get(node.name)
+        if not found and consumer is None:
+            return None
+        names, given, keywords = signature(func)[1], list(args), dict(kwargs)
+        for end in found:
+            place = names.index(end.argument)
+            held = given[place] if place < len(given) else keywords[end.argument]
+            tensor = held if end.index is None else held[end.index]
+            read = self._end(end, tensor)
+            if end.index is not None:
+                read = type(held)([*held[: end.index], read, *held[end.index + 1 :]])
+            if place < len(given):
+                given[place] = read
+            else:
+                keywords[end.argument] = read
+        if consumer is not None and consumer.weight in self.sums.moments:
+            place = names.index(consumer.argument)
+            self._consume(consumer, given[place] if place < len(given) else keywords[consumer.argument])
+        return func(*given, **keywords)
+
+    def _consume(self, consumer: Consumer, x: torch.Tensor) -> None:
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            kernel = self.shapes[consumer.weight][2:]
+            self.sums.moments[consumer.weight].add(consumer, x, kernel)
+
+    def _end(self, end: End, x: torch.Tensor) -> torch.Tensor:
+        """Read what an operand holds; returns what the node is to be called with."""
+        first = end.value not in self.met
+        self.met.add(end.value)
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            for name, reader in end.readers.items() if first else ():
+                if name in self.sums.activations:
+                    self.sums.activations[name].add(reader, x.detach())
+                if name in self.sums.ranks and (maps := reader.maps(x.detach())) is not None:
+                    self.sums.ranks[name].add(maps)
+        if not torch.is_grad_enabled() or not x.is_floating_point():
+            return x
+        held = x.clone() if end.value in self.view.written else x
+        tapped: torch.Tensor = _Tap.apply(held, self.token, self._reading(end))  # type: ignore[no-untyped-call]
+        return tapped
+
+    def _reading(self, end: End) -> Callable[[torch.Tensor, torch.Tensor], None]:
+        def read(x: torch.Tensor, gradient: torch.Tensor) -> None:
+            product = x.float() * gradient.float() if x.dtype != torch.float64 else x * gradient
+            for name, reader in end.readers.items():
+                q = reader.sum(product)
+                if not q.isfinite().all():
+                    what = "activation" if not x.isfinite().all() else "gradient"
+                    raise CalibrationError(f"the {what} at {end} is not finite on a batch; with float16, use bfloat16")
+                self.q[name] = self.q[name].to(q) + q
+
+        return read
+
+
+class _Tap(torch.autograd.Function):
+    """The identity; in backward its operand and the gradient are read."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, token: torch.Tensor, read: Any) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.read = read
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        ctx.read(x, gradient)
+        return gradient, None, None

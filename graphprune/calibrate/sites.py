@@ -1,0 +1,292 @@
+"""Where channels end: the operands that a node has channels of while its outputs have none.
+
+There each channel of a group is multiplied by weights and summed, so zeroing it there, at all of its ends at once, is
+removing it. Everything that data can tell about a group is read at its ends.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from graphprune.axes import Atom, Axes, Axis
+from graphprune.coupling import Coupling
+from graphprune.errors import CalibrationError
+from graphprune.program import Node, Value
+
+ACTIVATIONS = ("node", "input")
+
+
+@dataclass(frozen=True)
+class End:
+    """One operand of one node in which channels end.
+
+    Attributes:
+        node: the node.
+        argument: name of the operand; with `index`, which of a list.
+        index: position in a list of tensors; None for a single tensor.
+        value: the operand.
+        readers: per group that ends here, how to read it.
+    """
+
+    node: Node
+    argument: str
+    index: int | None
+    value: Value
+    readers: Mapping[str, Reader]
+
+    def __str__(self) -> str:
+        return str(self.node)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How to sum a tensor over everything but samples and the channels of one group.
+
+    Attributes:
+        shape: (samples, channels) of the result.
+        summed: dims that are summed first.
+        dims: dims that remain, in order.
+        take, put: positions in the flattened remainder, and in the flattened result, where they are added.
+        spread: whether the tensor is the same for all samples, so that each gets its share.
+        channels: per dim, whether channels of the group occur in it.
+        samples: per dim, whether samples occur in it.
+        matrix: the dim in which the channels are, the positions of each channel in it, and the sizes they are a product
+            of beside the channels; None where there is more than one such dim.
+    """
+
+    shape: tuple[int, int]
+    summed: tuple[int, ...]
+    dims: tuple[int, ...]
+    take: torch.Tensor
+    put: torch.Tensor
+    spread: bool
+    channels: tuple[bool, ...]
+    samples: tuple[bool, ...]
+    matrix: tuple[int, torch.Tensor, tuple[int, ...]] | None
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """(samples, channels), in at least float32."""
+        wide = tensor if tensor.dtype == torch.float64 else tensor.float()
+        rest = wide.sum(self.summed) if self.summed else wide
+        out = rest.new_zeros(self.shape)
+        taken = rest.reshape(-1)[self.take.to(rest.device)]
+        out.view(-1).index_add_(0, self.put.to(rest.device), taken)
+        return out / self.shape[0] if self.spread else out
+
+    def maps(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """The map of every sample and channel: what a tensor holds beside them, as a matrix; None for less than that.
+
+        Returns:
+            (samples, channels, height, width); further dims count to the width.
+        """
+        if self.matrix is None or self.spread or sum(self.samples) > 1:
+            return None
+        d, order, inner = self.matrix
+        x = tensor.index_select(d, order.to(tensor.device)).unflatten(d, (self.shape[1], *inner))
+        x = x.movedim(d, 0)
+        if any(self.samples):
+            row = self.samples.index(True)
+            x = x.movedim(row + 1 if row < d else row + len(inner), 0)
+        else:
+            x = x[None]
+        space = [size for size in x.shape[2:] if size > 1]
+        return x.reshape(*x.shape[:2], space[0], -1) if len(space) > 1 else None
+
+    @functools.cached_property
+    def count(self) -> torch.Tensor:
+        """How many elements of the tensor each channel has, shape (channels,)."""
+        each = torch.zeros(self.shape).view(-1).index_add_(0, self.put, torch.ones(len(self.put)))
+        return each.view(self.shape).sum(0)
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A linear layer or convolution whose input has channels that may be removed.
+
+    Attributes:
+        node: the call.
+        value: its input.
+        weight, bias: fully qualified names; an empty bias for none.
+        transposed: whether the weight is stored (inputs, outputs), as in `addmm`.
+        groups: of a convolution.
+    """
+
+    node: Node
+    value: Value
+    weight: str
+    bias: str
+    transposed: bool
+    groups: int
+
+    @property
+    def argument(self) -> str:
+        """Name of the operand that is the input."""
+        return CONSUMERS[self.node.op][0]
+
+
+CONSUMERS: Mapping[str, tuple[str, str, str]] = {
+    "linear": ("input", "weight", "bias"),
+    "conv1d": ("input", "weight", "bias"),
+    "conv2d": ("input", "weight", "bias"),
+    "conv3d": ("input", "weight", "bias"),
+    "addmm": ("mat1", "mat2", "input"),
+    "mm": ("self", "mat2", ""),
+    "matmul": ("self", "other", ""),
+}
+"""Per op: its input, its weight, its bias."""
+
+
+def consumers(coupling: Coupling) -> Iterator[Consumer]:
+    """Every consumer of every group, in order of execution."""
+    atoms = set(coupling.atoms.values())
+    for node in coupling.program.nodes:
+        if node.op not in CONSUMERS:
+            continue
+        given, weight, bias = (node.arguments.get(name) for name in CONSUMERS[node.op])
+        plain = isinstance(weight, Value) and weight.kind == "parameter" and len(weight.shape) > 1
+        if not plain or not isinstance(given, Value) or given.kind not in ACTIVATIONS:
+            continue
+        transposed = node.op in ("addmm", "mm", "matmul")
+        axis = coupling.dims[weight][0 if transposed else 1]
+        groups = node.arguments.get("groups") or 1
+        if atoms.isdisjoint(coupling.axes.leaves(axis)):
+            continue
+        held = isinstance(bias, Value) and bias.kind == "parameter"
+        yield Consumer(node, given, weight.target, bias.target if held else "", transposed, groups)
+
+
+def ends(coupling: Coupling, sample_dim: int) -> tuple[End, ...]:
+    """Every end of every group, in order of execution.
+
+    Args:
+        coupling: of a program recorded at the batch size in question.
+        sample_dim: which dim of the first input tells the samples apart.
+    Raises:
+        CalibrationError: the samples cannot be told apart.
+    """
+    finder = _Finder(coupling, sample_dim)
+    found = [finder.end(*operand) for node in coupling.program.nodes for operand in _operands(node)]
+    return tuple(end for end in found if end is not None and end.readers)
+
+
+def _operands(node: Node) -> Iterator[tuple[Node, str, int | None, Value]]:
+    """The activations among the arguments of a node."""
+    for name, argument in node.arguments.items():
+        if isinstance(argument, Value) and argument.kind in ACTIVATIONS:
+            yield node, name, None, argument
+        elif isinstance(argument, (tuple, list)):
+            for i, item in enumerate(argument):
+                if isinstance(item, Value) and item.kind in ACTIVATIONS:
+                    yield node, name, i, item
+
+
+class _Finder:
+    """Reads the axes of operands; each node's operands are asked for in order."""
+
+    def __init__(self, coupling: Coupling, sample_dim: int) -> None:
+        self.coupling, self.axes = coupling, coupling.axes
+        self.names = {atom: name for name, atom in coupling.atoms.items()}
+        self.met: tuple[Node, set[Atom]] | None = None
+        given = [v for v in coupling.program.inputs if len(v.shape) > sample_dim]
+        self.samples = given[0].shape[sample_dim] if given else 1
+        self.strides: dict[Atom, int] = {}
+        for value in given:
+            if value.shape[sample_dim] == self.samples > 1:
+                self.strides |= _strides(coupling.dims[value][sample_dim], self.axes)
+
+    def end(self, node: Node, argument: str, index: int | None, value: Value) -> End | None:
+        """What ends at an operand and did not at an earlier operand of its node."""
+        if self.met is None or self.met[0] is not node:
+            self.met = node, self._atoms(node.outputs)
+        ended = self._atoms((value,)) - self.met[1]
+        if not ended:
+            return None
+        self.met[1].update(ended)
+        ordered = [(atom, name) for atom, name in self.names.items() if atom in ended]
+        return End(node, argument, index, value, {name: self._reader(value, atom) for atom, name in ordered})
+
+    def _atoms(self, values: Sequence[Value]) -> set[Atom]:
+        leaves = {atom for v in values for axis in self.coupling.dims[v] for atom in self.axes.leaves(axis)}
+        return leaves & self.names.keys()
+
+    def _reader(self, value: Value, atom: Atom) -> Reader:
+        """How to read the channels of one group off a value."""
+        dims = self.coupling.dims[value]
+        sample = [self._sample(axis) for axis in dims]
+        channel = [self.axes.places(axis, {atom: 0}) for axis in dims]
+        left = [d for d in range(len(dims)) if sample[d] is not None or len(channel[d][0])]
+        shape = [dims[d].size for d in left]
+        flat, number = np.arange(math.prod(shape)).reshape(shape), np.zeros(shape, dtype=np.intp)
+        for k, d in enumerate(left):
+            if (found := sample[d]) is not None:
+                number = number + found.reshape([-1 if j == k else 1 for j in range(len(left))])
+        takes, puts = [], []
+        spread = self.samples > 1 and all(s is None for s in sample)
+        for k, d in enumerate(left):
+            at, which = channel[d]
+            row = number.take(at, axis=k) * atom.size + which.reshape([-1 if j == k else 1 for j in range(len(left))])
+            takes.append(flat.take(at, axis=k).reshape(-1))
+            puts.append(row.reshape(-1))
+        take, put = np.concatenate(takes), np.concatenate(puts)
+        if spread:  # the same for all samples
+            rows = np.arange(self.samples) * atom.size
+            take, put = np.tile(take, self.samples), (rows[:, None] + put[None]).reshape(-1)
+        return Reader(
+            shape=(self.samples, atom.size),
+            summed=tuple(d for d in range(len(dims)) if d not in left),
+            dims=tuple(left),
+            take=torch.from_numpy(take),
+            put=torch.from_numpy(put),
+            spread=spread,
+            channels=tuple(bool(len(at)) for at, _ in channel),
+            samples=tuple(s is not None for s in sample),
+            matrix=self._matrix(dims, channel, sample, atom),
+        )
+
+    def _matrix(self, dims: Sequence[Axis], channel: Any, sample: Any, atom: Atom) -> Any:
+        """Where the channels are and what each is laid out over, if that is a single part of a single dim."""
+        held = [d for d in range(len(dims)) if len(channel[d][0])]
+        terms = [term for term in self.axes.terms(dims[held[0]]) if atom in self.axes.leaves(term)]
+        if len(held) > 1 or len(terms) > 1 or sample[held[0]] is not None:
+            return None
+        factors = self.axes.factors(terms[0])
+        if sum(f is atom for f in factors) != 1:
+            return None
+        at, which = channel[held[0]]
+        order = torch.from_numpy(at[np.lexsort((at, which))])
+        return held[0], order, tuple(f.size for f in factors if f is not atom)
+
+    def _sample(self, axis: Axis) -> Any:
+        """Per position of an axis, what it adds to the number of its sample; None if samples do not occur in it."""
+        total, found = np.zeros(axis.size, dtype=np.intp), False
+        for atom, stride in self.strides.items():
+            at, which = self.axes.places(axis, {atom: 0})
+            total[at] += which * stride
+            found |= len(at) > 0
+        return total if found else None
+
+
+def _strides(axis: Axis, axes: Axes) -> dict[Atom, int]:
+    """Per atom of the axis of samples, by how much its position moves the number of the sample.
+
+    Raises:
+        CalibrationError: the model cuts the batch into pieces and treats them differently.
+    """
+    factors = axes.factors(axes.find(axis))
+    if not all(isinstance(f, Atom) for f in factors):
+        raise CalibrationError(
+            f"the samples of a batch cannot be told apart: the model cuts the batch into {axes.describe(axis)}; "
+            "pass batches of one sample"
+        )
+    found, stride = {}, 1
+    for factor in reversed(factors):
+        assert isinstance(factor, Atom)
+        found[factor], stride = stride, stride * factor.size
+    return found

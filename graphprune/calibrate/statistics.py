@@ -1,0 +1,250 @@
+"""What one pass collects: sums over samples, so that passes add up, over batches and over processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from graphprune.calibrate.sites import Consumer, Reader
+from graphprune.errors import CalibrationError
+from graphprune.solvers import ranks
+
+UNFOLDED_LIMIT = 4608
+"""Second moments of a convolution's input are taken per tap up to this many columns per group, else per channel."""
+CHUNK = 1 << 26
+"""Elements of an unfolded input that are held at once."""
+
+
+class Statistic:
+    """Sums that grow with every batch; every tensor field is such a sum."""
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """The sums."""
+        yield from (getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), torch.Tensor))  # type: ignore[arg-type]
+
+
+@dataclass(eq=False)
+class Gradients(Statistic):
+    """Per-sample derivatives q of the loss with respect to a mask on the channels of a group (Group Fisher, CCP).
+
+    `q[n, i]` is the derivative of sample n's loss by a factor 1 on channel i at all ends of the group at once.
+
+    Attributes:
+        count: samples.
+        total: sum of q over samples, (channels,).
+        squares: sum of q^2, (channels,).
+        products: sum of q q', (channels, channels); None unless it was asked for.
+    """
+
+    count: torch.Tensor
+    total: torch.Tensor
+    squares: torch.Tensor
+    products: torch.Tensor | None = None
+
+    @classmethod
+    def empty(cls, size: int, *, products: bool) -> Gradients:
+        """Of no samples."""
+        matrix = _zeros(size, size) if products else None
+        return cls(_zeros(), _zeros(size), _zeros(size), matrix)
+
+    def add(self, q: torch.Tensor) -> None:
+        """Add the samples of one batch, (samples, channels)."""
+        q = q.double().cpu()
+        self.count += len(q)
+        self.total += q.sum(0)
+        self.squares += q.square().sum(0)
+        if self.products is not None:
+            self.products += q.T @ q
+
+    @property
+    def first(self) -> torch.Tensor:
+        """Mean of q over samples, (channels,)."""
+        return self.total / self.count
+
+    @property
+    def second(self) -> torch.Tensor:
+        """Mean of q^2 over samples, (channels,)."""
+        return self.squares / self.count
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """Mean of q q' over samples, (channels, channels).
+
+        Raises:
+            CalibrationError: it was not collected.
+        """
+        if self.products is None:
+            raise CalibrationError("products of gradients were not collected; calibrate with statistics=('products',)")
+        return self.products / self.count
+
+
+@dataclass(eq=False)
+class Activations(Statistic):
+    """What the channels of a group hold at its ends.
+
+    Attributes:
+        count: elements per channel, (channels,).
+        zeros: how many of them are 0.
+        magnitude: sum of absolute values.
+        total: sum of values.
+        squares: sum of squares.
+    """
+
+    count: torch.Tensor
+    zeros: torch.Tensor
+    magnitude: torch.Tensor
+    total: torch.Tensor
+    squares: torch.Tensor
+
+    @classmethod
+    def empty(cls, size: int) -> Activations:
+        """Of no samples."""
+        return cls(*(_zeros(size) for _ in range(5)))
+
+    def add(self, reader: Reader, x: torch.Tensor) -> None:
+        """Add the elements of one value."""
+        self.count += reader.count
+        for held, values in (
+            (self.zeros, (x == 0).float()),
+            (self.magnitude, x.abs()),
+            (self.total, x),
+            (self.squares, x.float().square()),
+        ):
+            held += reader.sum(values).sum(0).double().cpu()
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Mean value per channel, (channels,)."""
+        return self.total / self.count
+
+    @property
+    def variance(self) -> torch.Tensor:
+        """Variance per channel, (channels,)."""
+        return (self.squares / self.count - self.mean.square()).clamp(min=0)
+
+
+@dataclass(eq=False)
+class Ranks(Statistic):
+    """Matrix ranks of feature maps (HRank).
+
+    Attributes:
+        count: maps per channel.
+        total: sum of their ranks, (channels,).
+        largest: sum of the largest ranks they could have had, the smaller side of each map.
+    """
+
+    count: torch.Tensor
+    total: torch.Tensor
+    largest: torch.Tensor
+
+    @classmethod
+    def empty(cls, size: int) -> Ranks:
+        """Of no samples."""
+        return cls(_zeros(size), _zeros(size), _zeros(size))
+
+    def add(self, maps: torch.Tensor) -> None:
+        """Add maps, (samples, channels, height, width)."""
+        found = ranks(maps.flatten(0, 1)).view(maps.shape[:2])
+        self.count += maps.shape[0]
+        self.total += found.double().sum(0).cpu()
+        self.largest += maps.shape[0] * min(maps.shape[-2:])
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Mean rank, (channels,)."""
+        return self.total / self.count
+
+    @property
+    def normalised(self) -> torch.Tensor:
+        """Mean rank as a fraction of what it could be, (channels,)."""
+        return self.total / self.largest
+
+
+@dataclass(eq=False)
+class Moments(Statistic):
+    """First and second moments of what a consumer multiplies with its weight.
+
+    The columns are those of its weight, seen as (outputs, columns): input channels, each with the taps of a kernel
+    where `taps` is more than 1.
+
+    Attributes:
+        count: rows: samples times positions.
+        total: sum of the columns, (groups, columns).
+        products: sum of products of columns, (groups, columns, columns).
+        taps: columns per channel: the size of the kernel, or 1 if moments are of the channels alone.
+    """
+
+    count: torch.Tensor
+    total: torch.Tensor
+    products: torch.Tensor
+    taps: int
+
+    @classmethod
+    def empty(cls, consumer: Consumer, shape: tuple[int, ...]) -> Moments:
+        """Of no samples, for a consumer whose weight has this shape."""
+        if consumer.transposed or len(shape) == 2:
+            inputs, taps = shape[0 if consumer.transposed else 1], 1
+        else:
+            inputs, taps = shape[1], math.prod(shape[2:])
+            taps = taps if inputs * taps <= UNFOLDED_LIMIT and len(shape) < 5 else 1
+        columns = inputs * taps
+        return cls(_zeros(), _zeros(consumer.groups, columns), _zeros(consumer.groups, columns, columns), taps)
+
+    def add(self, consumer: Consumer, x: torch.Tensor, kernel: tuple[int, ...]) -> None:
+        """Add the input of one call; `kernel` is the size of its kernel."""
+        for rows in _columns(consumer, x.detach().float() if x.dtype != torch.float64 else x.detach(), kernel, self):
+            self.count += rows.shape[1]
+            self.total += rows.sum(1).double().cpu()
+            self.products += (rows.transpose(1, 2) @ rows).double().cpu()
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Mean of the columns, (groups, columns)."""
+        return self.total / self.count
+
+    @property
+    def second(self) -> torch.Tensor:
+        """Mean of products of columns, (groups, columns, columns)."""
+        return self.products / self.count
+
+
+def _columns(consumer: Consumer, x: torch.Tensor, kernel: tuple[int, ...], held: Moments) -> Iterator[torch.Tensor]:
+    """The rows that a consumer multiplies with its weight, (groups, rows, columns), a piece at a time."""
+    groups = consumer.groups
+    if not consumer.node.op.startswith("conv"):
+        yield x.reshape(1, -1, x.shape[-1])
+        return
+    if held.taps == 1:
+        if x.dim() == len(kernel) + 1:
+            x = x[None]
+        pieces = x.reshape(x.shape[0], groups, -1, math.prod(x.shape[2:]))
+        yield pieces.permute(1, 0, 3, 2).reshape(groups, -1, pieces.shape[2])
+        return
+    given = consumer.node.arguments
+    stride, dilation, padding = (_sides(given[name], len(kernel)) for name in ("stride", "dilation", "padding"))
+    x = x if x.dim() == len(kernel) + 2 else x[None]
+    if len(kernel) == 1:
+        x, kernel, stride, dilation = x[:, :, None], (1, *kernel), (1, *stride), (1, *dilation)
+        padding = padding if isinstance(padding, str) else (0, *padding)
+    if isinstance(padding, str):
+        added = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
+        x = F.pad(x, [n for a in reversed(added) for n in (a // 2, a - a // 2)])
+        padding = (0, 0)
+    per_sample = max(1, x[0].numel() * held.taps)
+    for piece in x.split(max(1, CHUNK // per_sample)):
+        unfolded = F.unfold(piece, kernel, dilation, padding, stride)
+        split = unfolded.view(len(piece), groups, -1, unfolded.shape[-1])
+        yield split.permute(1, 0, 3, 2).reshape(groups, -1, split.shape[2])
+
+
+def _sides(given: Any, rank: int) -> Any:
+    return given if isinstance(given, str) else tuple(given) * (rank if len(given) == 1 else 1)
+
+
+def _zeros(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.float64)

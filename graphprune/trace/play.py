@@ -1,0 +1,101 @@
+"""Runs a model as it was recorded: the same op calls in the same order, now with values and, where wanted, gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dispatch.python import enable_pre_dispatch, enable_python_dispatcher, no_python_dispatcher
+from torch._subclasses.schema_check_mode import SchemaCheckMode
+from torch.utils import _pytree as pytree
+
+from graphprune.errors import TraceError
+from graphprune.program import Node, Program
+from graphprune.trace.inputs import Inputs
+from graphprune.trace.record import as_if_exporting
+from graphprune.trace.schema import signature, writes
+
+StandIn = Callable[[Node, Any, tuple[Any, ...], Mapping[str, Any]], Any]
+"""Called with a node, the op it calls and the values of its arguments; returns the result, or None to run the op."""
+
+
+def play(program: Program, model: nn.Module, inputs: Inputs, stand_in: StandIn) -> Any:
+    """What `model` returns, with every op call of `program` shown to `stand_in` on the way.
+
+    Autograd and autocast act as around any call of the model.
+
+    Args:
+        program: recorded from this model with inputs of these shapes.
+        model: in eval mode.
+        inputs: arguments of its forward.
+        stand_in: may replace the result of a node.
+    Raises:
+        TraceError: the model makes other calls than when it was recorded, so its code branches on values.
+    """
+    player = _Player(program, stand_in)
+    with player.playing():
+        output = model(*inputs.args, **inputs.kwargs)
+    player.check_ended()
+    return output
+
+
+class _Player(SchemaCheckMode):  # type: ignore[no-untyped-call]
+    """Sees the calls that the recorder saw; see there for the base class."""
+
+    def __init__(self, program: Program, stand_in: StandIn) -> None:
+        super().__init__()
+        self._dispatch_key = torch.DispatchKey.PreDispatch
+        self.program, self.stand_in = program, stand_in
+        self.at = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """As in the recorder."""
+        return False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run one call, or what stands in for it.
+
+        Raises:
+            TraceError: another call was recorded here.
+        """
+        kwargs = dict(kwargs or {})
+        node = self.program.nodes[self.at] if self.at < len(self.program.nodes) else None
+        met = node is not None and node.op == signature(func)[0]
+        result = self.stand_in(node, func, args, kwargs) if met and node is not None else None
+        if result is None:
+            with no_python_dispatcher():
+                result = func(*args, **kwargs)
+        if met:
+            self.at += 1
+        elif writes(func) or any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(result)):
+            raise TraceError(f"{self._name()} calls {func} where {node or 'nothing more'} was recorded")
+        return result
+
+    @contextmanager
+    def playing(self) -> Iterator[None]:
+        """Watch while the block runs."""
+        with ExitStack() as stack:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(as_if_exporting())
+            stack.enter_context(enable_pre_dispatch())
+            stack.enter_context(enable_python_dispatcher())
+            stack.enter_context(self)
+            yield
+
+    def check_ended(self) -> None:
+        """Refuse a run that stopped early.
+
+        Raises:
+            TraceError: it did.
+        """
+        if self.at < len(self.program.nodes):
+            raise TraceError(f"{self._name()} ends before {self.program.nodes[self.at]}, which was recorded")
+
+    def _name(self) -> str:
+        return self.program.model_class
