@@ -1,4 +1,4 @@
-"""Runs a program node by node, so that others can watch values or stand in for single ops."""
+"""Runs programs and recorded models node by node, so that others can watch values or stand in for single ops."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
+from torch.utils import _pytree as pytree
 
+from graphprune.errors import CalibrationError, TraceError
 from graphprune.program import Node, Program
-from graphprune.trace import Inputs, StandIn, nested_graph, same_random_numbers
+from graphprune.trace import Inputs, StandIn, nested_graph, play, same_random_numbers, trace, untouched
 
 Watch = Callable[[Node, Any], None]
 """Called with each node and its result."""
@@ -68,6 +70,74 @@ def _apart(held: Any) -> Any:
     return held.clone() if isinstance(held, torch.Tensor) else held
 
 
+class Replay:
+    """Runs a model on one batch after the other with stand-ins for its ops; each shape of a batch is traced once.
+
+    The user's own module runs, as `play` says. One whose code branches on values runs as its exported program.
+
+    Args:
+        model: any module; it is left as it was.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._programs: dict[Any, Program] = {}
+        self._export = self._started = False
+
+    def program(self, inputs: Inputs) -> Program:
+        """The program of the model at the shapes of `inputs`.
+
+        Raises:
+            TraceError: the model cannot be traced with these inputs.
+        """
+        key = tuple((t.shape, t.dtype) for t in inputs.tensors())
+        if key not in self._programs:
+            with torch.autocast(_device(self.model), enabled=False):
+                self._programs[key] = trace(self.model, inputs, front_end="export" if self._export else "auto")
+        return self._programs[key]
+
+    def run(
+        self,
+        inputs: Inputs,
+        stand_in: StandIn,
+        *,
+        then: Callable[[Any], None] = lambda output: None,
+        restart: Callable[[], None] = lambda: None,
+    ) -> Any:
+        """What the model returns.
+
+        Args:
+            inputs: arguments of its forward.
+            stand_in: may replace the result of a node.
+            then: called with the output before the model is put back as it was.
+            restart: called where the first run has to be given up and is done in another way.
+        Raises:
+            CalibrationError: the model's code takes another path than when it was traced.
+            TraceError: the model cannot be traced with these inputs.
+        """
+        program = self.program(inputs)
+        try:
+            with untouched(self.model), torch.compiler.set_stance("force_eager"):
+                output = self._output(program, inputs.map(torch.clone), stand_in)
+                then(output)
+        except TraceError as error:
+            if self._export or self._started:
+                raise CalibrationError(f"the model does not run as it was traced: {error}") from error
+            self._export = True
+            self._programs.clear()
+            restart()
+            return self.run(inputs, stand_in, then=then)
+        self._started = True
+        return output
+
+    def _output(self, program: Program, inputs: Inputs, stand_in: StandIn) -> Any:
+        if program.source is None:
+            return play(program, self.model, inputs, stand_in)
+        state = dict(self.model.named_parameters(remove_duplicate=False)) | dict(self.model.named_buffers())
+        leaves = evaluate(program, state, inputs, stand_in=stand_in)
+        return pytree.tree_unflatten(leaves, program.source.call_spec.out_spec)
+
+
 class _Runner(fx.Interpreter):
     """Runs one graph; a nested graph runs in a runner of its own, under the context its wrapper asks for."""
 
@@ -111,3 +181,7 @@ def _context(target: Any, args: tuple[Any, ...]) -> Any:
         device, dtype, enabled, cache = args[:4]
         return torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache)
     return contextlib.nullcontext()
+
+
+def _device(model: nn.Module) -> str:
+    return next((p.device.type for p in model.parameters()), "cpu")

@@ -17,17 +17,30 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from graphprune.calibrate.batches import Batch, Criterion, Loss, read
-from graphprune.calibrate.run import Pass, Sums, View, view
-from graphprune.calibrate.sites import consumers
+from graphprune.calibrate.run import Pass, Sums
+from graphprune.calibrate.sites import Consumer, consumers
 from graphprune.calibrate.statistics import Activations, Gradients, Moments, Ranks
 from graphprune.coupling import Coupling
-from graphprune.errors import CalibrationError, InputError, TraceError
-from graphprune.trace import Inputs, untouched
+from graphprune.errors import InputError
 
-__all__ = ["Activations", "Calibration", "Gradients", "Loss", "Moments", "Ranks", "Statistic", "calibrate"]
+__all__ = [
+    "Activations",
+    "Batch",
+    "Calibration",
+    "Consumer",
+    "Criterion",
+    "Gradients",
+    "Loss",
+    "Moments",
+    "Ranks",
+    "Statistic",
+    "calibrate",
+    "consumers",
+    "read",
+]
 
-Statistic: TypeAlias = Literal["gradients", "products", "activations", "ranks", "moments"]
-STATISTICS: tuple[Statistic, ...] = ("gradients", "products", "activations", "ranks", "moments")
+Statistic: TypeAlias = Literal["gradients", "products", "activations", "ranks", "means", "moments"]
+STATISTICS: tuple[Statistic, ...] = ("gradients", "products", "activations", "ranks", "means", "moments")
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +86,7 @@ def calibrate(
             in order, then the targets; a dict of keyword arguments; or a pair of one of these mappings and the targets.
             They are moved to the device of the model.
         statistics: which of "gradients" (needs a loss), "products" (gradients and their products), "activations",
-            "ranks" and "moments" to collect.
+            "ranks", "means" of what consumers read, and their second "moments", to collect.
         loss: `loss(output, targets)`, the mean or sum of one loss per sample, or one loss per sample; for dicts without
             targets the dict takes their place, for tensors the loss gets the output alone.
         sample_dim: which dim of inputs and outputs tells samples apart.
@@ -93,12 +106,12 @@ def calibrate(
         raise InputError("the model is on the meta device and has no values; load weights first")
     criterion = None if loss is None else Criterion(loss, sample_dim)
     sums = _empty(model, coupling, set(statistics))
-    walk = _Walk(model, coupling, sums, criterion, sample_dim)
-    arguments = len(coupling.program.inputs)
+    work = Pass(model, coupling, sums, criterion, sample_dim)
+    given = read(batches, len(coupling.program.inputs), device)
     with _frozen(model):
-        for batch in tqdm(read(batches, arguments, device), desc="calibrating", unit="batch", disable=_hidden(progress)):
-            walk.add(batch)
-    return _reduced(walk, sums)
+        for batch in tqdm(given, desc="calibrating", unit="batch", disable=_hidden(progress)):
+            work.run(batch)
+    return _reduced(work, sums)
 
 
 def _hidden(progress: bool | None) -> bool | None:
@@ -113,49 +126,12 @@ def _empty(model: nn.Module, coupling: Coupling, wanted: set[str]) -> Sums:
         gradients={n: Gradients.empty(s, products=products) for n, s in sizes.items()} if gradients else {},
         activations={n: Activations.empty(s) for n, s in sizes.items()} if "activations" in wanted else {},
         ranks={n: Ranks.empty(s) for n, s in sizes.items()} if "ranks" in wanted else {},
-        moments={c.weight: Moments.empty(c, shapes[c.weight]) for c in consumers(coupling)}
-        if "moments" in wanted
-        else {},
+        moments={
+            c.weight: Moments.empty(c, shapes[c.weight], products="moments" in wanted)
+            for c in consumers(coupling)
+            if wanted & {"means", "moments"}
+        },
     )
-
-
-class _Walk:
-    """Goes from batch to batch; shapes that were met before are not traced again."""
-
-    def __init__(
-        self, model: nn.Module, coupling: Coupling, sums: Sums, criterion: Criterion | None, sample_dim: int
-    ) -> None:
-        self.model, self.coupling, self.sample_dim = model, coupling, sample_dim
-        self.run = Pass(model, sums, criterion)
-        self.views: dict[Any, View] = {}
-        self.samples = 0
-        self.front_end: Any = "auto"
-
-    def add(self, batch: Batch) -> None:
-        """Run one batch.
-
-        Raises:
-            CalibrationError: the model's code takes another path on this batch than when it was traced.
-        """
-        try:
-            seen = self._view(batch.inputs)
-            with untouched(self.model), torch.compiler.set_stance("force_eager"):
-                self.run.run(batch, seen)
-        except TraceError as error:
-            if self.front_end == "export" or self.samples:
-                raise CalibrationError(f"the model does not run as it was traced: {error}") from error
-            self.front_end = "export"  # its code branches on values
-            self.views.clear()
-            self.run.reset()
-            return self.add(batch)
-        self.samples += seen.samples
-        return None
-
-    def _view(self, inputs: Inputs) -> View:
-        key = tuple((t.shape, t.dtype) for t in inputs.tensors())
-        if key not in self.views:
-            self.views[key] = view(self.model, self.coupling, inputs, self.sample_dim, self.front_end)
-        return self.views[key]
 
 
 @contextmanager
@@ -171,12 +147,12 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _reduced(walk: _Walk, sums: Sums) -> Calibration:
+def _reduced(work: Pass, sums: Sums) -> Calibration:
     """The sums of all processes."""
-    counted = torch.tensor([walk.samples, walk.run.loss], dtype=torch.float64)
+    counted = torch.tensor([work.samples, work.loss], dtype=torch.float64)
     if dist.is_available() and dist.is_initialized():
         device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
-        for tensor in (counted, *walk.run.tensors()):
+        for tensor in (counted, *work.tensors()):
             moved = tensor.to(device)
             dist.all_reduce(moved)
             tensor.copy_(moved)

@@ -96,7 +96,7 @@ class Criterion:
             )
         if not value.isfinite():
             raise CalibrationError(f"the loss is {value.item()} on a batch; check inputs, targets and weights for NaN")
-        if not value.requires_grad:
+        if torch.is_grad_enabled() and not value.requires_grad:
             raise CalibrationError("the loss does not depend on the model's output: it has no gradient")
         if self.mean is None and samples > 1:
             self.mean = self._is_mean(output, target, samples, float(value.detach()))

@@ -8,16 +8,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from graphprune.calibrate.batches import Batch, Criterion
 from graphprune.calibrate.sites import Consumer, End, consumers, ends
 from graphprune.calibrate.statistics import Activations, Gradients, Moments, Ranks
 from graphprune.coupling import Coupling
 from graphprune.errors import CalibrationError
-from graphprune.interpret import evaluate
-from graphprune.program import Node
-from graphprune.trace import Inputs, output_tensors, play, signature, trace
+from graphprune.interpret import Replay
+from graphprune.program import Node, Program
+from graphprune.trace import output_tensors, signature
 
 
 @dataclass(frozen=True)
@@ -39,19 +38,16 @@ class View:
     written: frozenset[Any]
 
 
-def view(model: nn.Module, coupling: Coupling, inputs: Inputs, sample_dim: int, front_end: Any = "auto") -> View:
-    """Trace `model` at the shapes of `inputs`.
+def view(coupling: Coupling, program: Program, sample_dim: int) -> View:
+    """What to read where in `program`, of the model that `coupling` is of.
 
     Raises:
         CalibrationError: at these shapes the model has other groups.
     """
-    device = next((p.device.type for p in model.parameters()), "cpu")
-    with torch.autocast(device, enabled=False):
-        program = trace(model, inputs, front_end=front_end)
     again = coupling.again(program)
     if not again.alike(coupling):
         raise CalibrationError(
-            f"with inputs of shapes {[list(t.shape) for t in inputs.tensors()]} the groups of {program.model_class} are "
+            f"with inputs of shapes {[list(v.shape) for v in program.inputs]} the groups of {program.model_class} are "
             "others than with the example inputs; use example inputs like the batches"
         )
     by_node: dict[str, list[End]] = {}
@@ -78,13 +74,19 @@ class Pass:
     Args:
         model: in eval mode, its parameters without gradients.
         sums: what to add to.
+        coupling: of the model.
         criterion: the loss; needed for gradients.
+        sample_dim: which dim of the inputs tells samples apart.
     """
 
-    def __init__(self, model: nn.Module, sums: Sums, criterion: Criterion | None) -> None:
-        self.model, self.sums, self.criterion = model, sums, criterion
+    def __init__(
+        self, model: nn.Module, coupling: Coupling, sums: Sums, criterion: Criterion | None, sample_dim: int
+    ) -> None:
+        self.coupling, self.sums, self.criterion, self.sample_dim = coupling, sums, criterion, sample_dim
+        self.replay = Replay(model)
+        self.views: dict[Program, View] = {}
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-        self.loss = 0.0
+        self.loss, self.samples = 0.0, 0
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """All sums, in the same order in every process."""
@@ -93,38 +95,51 @@ class Pass:
 
     def reset(self) -> None:
         """Back to no samples."""
-        self.loss = 0.0
+        self.loss, self.samples = 0.0, 0
         for tensor in self.tensors():
             tensor.zero_()
 
-    def run(self, batch: Batch, seen: View) -> Any:
-        """Run one batch; returns the output.
+    def run(self, batch: Batch) -> None:
+        """Run one batch.
 
         Raises:
-            CalibrationError: something is not finite, or the loss cannot be used.
-            TraceError: the model makes other calls than it was traced with.
+            CalibrationError: something is not finite, the loss cannot be used, or the groups are others at its shapes.
+            TraceError: the model cannot be traced with it.
         """
-        self.view = seen
-        self.q = {name: torch.zeros(seen.samples, g.total.numel()) for name, g in self.sums.gradients.items()}
+        self._start(batch)
+        with torch.set_grad_enabled(self.criterion is not None and bool(self.sums.gradients)):
+            self.replay.run(
+                batch.inputs,
+                self._stand_in,
+                then=lambda output: self._finish(output, batch),
+                restart=lambda: self._restart(batch),
+            )
+
+    def _start(self, batch: Batch) -> None:
+        program = self.replay.program(batch.inputs)
+        if program not in self.views:
+            self.views[program] = view(self.coupling, program, self.sample_dim)
+        self.view = self.views[program]
+        self.q = {name: torch.zeros(self.view.samples, g.total.numel()) for name, g in self.sums.gradients.items()}
         self.token = torch.zeros((), requires_grad=True)
         self.met: set[Any] = set()
-        inputs = batch.inputs.map(torch.clone)
-        with torch.set_grad_enabled(self.criterion is not None and bool(self.sums.gradients)):
-            output = self._forward(inputs)
-            for tensor in output_tensors(output):
-                if tensor.is_floating_point() and not tensor.isfinite().all():
-                    raise CalibrationError("the model's output is not finite on a batch; look for NaN in its inputs")
-            if torch.is_grad_enabled() and self.criterion is not None:
-                self._backward(self.criterion.total(output, batch.target, seen.samples))
-        return output
 
-    def _forward(self, inputs: Inputs) -> Any:
-        program = self.view.coupling.program
-        if program.source is None:
-            return play(program, self.model, inputs, self._stand_in)
-        state = dict(self.model.named_parameters(remove_duplicate=False)) | dict(self.model.named_buffers())
-        leaves = evaluate(program, state, inputs, stand_in=self._stand_in)
-        return pytree.tree_unflatten(leaves, program.source.call_spec.out_spec)
+    def _restart(self, batch: Batch) -> None:
+        self.reset()
+        self._start(batch)
+
+    def _finish(self, output: Any, batch: Batch) -> None:
+        """What is to be done while the model is still as it ran.
+
+        Raises:
+            CalibrationError: the output is not finite, or the loss cannot be used.
+        """
+        self.samples += self.view.samples
+        for tensor in output_tensors(output):
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise CalibrationError("the model's output is not finite on a batch; look for NaN in its inputs")
+        if torch.is_grad_enabled() and self.criterion is not None:
+            self._backward(self.criterion.total(output, batch.target, self.view.samples))
 
     def _backward(self, loss: torch.Tensor) -> None:
         try:

@@ -79,7 +79,7 @@ class Gradients(Statistic):
             CalibrationError: it was not collected.
         """
         if self.products is None:
-            raise CalibrationError("products of gradients were not collected; calibrate with statistics=('products',)")
+            raise CalibrationError("their products were not collected; calibrate with statistics=('products',)")
         return self.products / self.count
 
 
@@ -175,17 +175,17 @@ class Moments(Statistic):
     Attributes:
         count: rows: samples times positions.
         total: sum of the columns, (groups, columns).
-        products: sum of products of columns, (groups, columns, columns).
+        products: sum of products of columns, (groups, columns, columns); None unless it was asked for.
         taps: columns per channel: the size of the kernel, or 1 if moments are of the channels alone.
     """
 
     count: torch.Tensor
     total: torch.Tensor
-    products: torch.Tensor
+    products: torch.Tensor | None
     taps: int
 
     @classmethod
-    def empty(cls, consumer: Consumer, shape: tuple[int, ...]) -> Moments:
+    def empty(cls, consumer: Consumer, shape: tuple[int, ...], *, products: bool) -> Moments:
         """Of no samples, for a consumer whose weight has this shape."""
         if consumer.transposed or len(shape) == 2:
             inputs, taps = shape[0 if consumer.transposed else 1], 1
@@ -193,14 +193,16 @@ class Moments(Statistic):
             inputs, taps = shape[1], math.prod(shape[2:])
             taps = taps if inputs * taps <= UNFOLDED_LIMIT and len(shape) < 5 else 1
         columns = inputs * taps
-        return cls(_zeros(), _zeros(consumer.groups, columns), _zeros(consumer.groups, columns, columns), taps)
+        matrix = _zeros(consumer.groups, columns, columns) if products else None
+        return cls(_zeros(), _zeros(consumer.groups, columns), matrix, taps)
 
     def add(self, consumer: Consumer, x: torch.Tensor, kernel: tuple[int, ...]) -> None:
         """Add the input of one call; `kernel` is the size of its kernel."""
         for rows in _columns(consumer, x.detach().float() if x.dtype != torch.float64 else x.detach(), kernel, self):
             self.count += rows.shape[1]
             self.total += rows.sum(1).double().cpu()
-            self.products += (rows.transpose(1, 2) @ rows).double().cpu()
+            if self.products is not None:
+                self.products += (rows.transpose(1, 2) @ rows).double().cpu()
 
     @property
     def mean(self) -> torch.Tensor:
@@ -209,7 +211,13 @@ class Moments(Statistic):
 
     @property
     def second(self) -> torch.Tensor:
-        """Mean of products of columns, (groups, columns, columns)."""
+        """Mean of products of columns, (groups, columns, columns).
+
+        Raises:
+            CalibrationError: it was not collected.
+        """
+        if self.products is None:
+            raise CalibrationError("second moments were not collected; calibrate with statistics=('moments',)")
         return self.products / self.count
 
 

@@ -49,6 +49,10 @@ class Inputs:
         leaves = pytree.tree_leaves((self.args, dict(self.kwargs)))
         return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
+    def call(self, function: Callable[..., Any]) -> Any:
+        """What `function` returns for these arguments."""
+        return function(*self.args, **self.kwargs)
+
     def map(self, change: Any) -> Inputs:
         """The same arguments with `change` applied to each tensor."""
         args, kwargs = pytree.tree_map_only(torch.Tensor, change, (self.args, dict(self.kwargs)))

@@ -1,0 +1,153 @@
+"""What a pruned layer loses, made good in the weights that are left: least squares, or the mean alone.
+
+A consumer computes W x. Where channels P of x go, W_P x_P is missing; what of it can be told from the channels K that
+stay is W_P (B x_K + m), with B = C_PK (C_KK + ridge)^-1 and m = mean_P - B mean_K from the moments of x. So W_K grows by
+W_P B and the bias by W_P m. (He et al., Channel Pruning for Accelerating Very Deep Neural Networks, ICCV 2017; ThiNet.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from graphprune.calibrate import Moments, consumers
+from graphprune.coupling import Coupling
+from graphprune.plan import Plan
+from graphprune.program import Value
+from graphprune.rewrite.state import held
+from graphprune.solvers import coefficients
+
+
+@dataclass(frozen=True)
+class Change:
+    """New values for the original's tensors, at their original shapes, and what was not possible.
+
+    Attributes:
+        state: per fully qualified name.
+        ridges: per weight, what was added to the diagonal of its second moments, relative to their mean; least squares.
+        left: weights of consumers that lost inputs and could not be repaired, with the reason.
+    """
+
+    state: Mapping[str, torch.Tensor]
+    ridges: Mapping[str, float]
+    left: Mapping[str, str]
+
+
+def changed(
+    model: nn.Module, coupling: Coupling, plan: Plan, moments: Mapping[str, Moments], *, means_only: bool
+) -> Change:
+    """Repair every consumer that loses inputs.
+
+    Args:
+        model: the original.
+        coupling, plan: what is removed.
+        moments: of what the consumers read.
+        means_only: change biases alone.
+    """
+    tensors = dict(held(model))
+    shifts = _shifts(coupling)
+    state: dict[str, torch.Tensor] = {}
+    ridges: dict[str, float] = {}
+    left: dict[str, str] = {}
+    done: set[str] = set()
+    for consumer in consumers(coupling):
+        kept = plan.kept.get(consumer.weight, {}).get(0 if consumer.transposed else 1)
+        if kept is None or consumer.weight in done:
+            continue
+        done.add(consumer.weight)
+        known = moments.get(consumer.weight)
+        if known is None or not known.count:
+            left[consumer.weight] = "no batch reached it"
+            continue
+        shift = shifts.get(consumer.weight)
+        if means_only and shift is None:
+            left[consumer.weight] = "it has no bias and no batch norm behind it to take the mean"
+            continue
+        columns = _Columns(tensors[consumer.weight], known, consumer.transposed, consumer.groups, kept)
+        delta = columns.mean_alone() if means_only else columns.least_squares(centred=shift is not None)
+        if not means_only:
+            state[consumer.weight] = columns.weight()
+            ridges[consumer.weight] = columns.ridge
+        if shift is not None:
+            name, sign = shift
+            state[name] = state.get(name, tensors[name].detach().double()) + sign * delta
+    return Change({n: t.to(tensors[n]) for n, t in state.items()}, ridges, left)
+
+
+class _Columns:
+    """The weight of one consumer as (groups, outputs, columns, taps), where the moments are those of its columns."""
+
+    def __init__(
+        self, weight: torch.Tensor, moments: Moments, transposed: bool, groups: int, kept: torch.Tensor
+    ) -> None:
+        self.like, self.transposed = weight, transposed
+        self.moments = moments
+        w = weight.detach().double().cpu()
+        w = w.T if transposed else w
+        self.shape = w.shape
+        columns = moments.total.shape[1]
+        self.w = w.reshape(groups, w.shape[0] // groups, columns, -1).clone()
+        inputs = torch.zeros(w.shape[1], dtype=torch.bool)
+        inputs[kept.cpu()] = True
+        mask = inputs.repeat_interleave(columns // w.shape[1])
+        self.kept, self.removed = mask.nonzero().flatten(), (~mask).nonzero().flatten()
+        self.ridge = 0.0
+
+    def mean_alone(self) -> torch.Tensor:
+        """What the output loses on average, (outputs,)."""
+        return self._output(self.moments.mean[:, self.removed])
+
+    def least_squares(self, *, centred: bool) -> torch.Tensor:
+        """Refit the kept columns; returns what is left for the bias, (outputs,)."""
+        fit = coefficients(
+            self.moments.second, self.kept, self.removed, mean=self.moments.mean if centred else None
+        )
+        self.ridge = fit.ridge
+        removed = self.w[:, :, self.removed]
+        self.w[:, :, self.kept] += torch.einsum("gopt,gpk->gokt", removed, fit.matrix)
+        return self._output(fit.offset) if fit.offset is not None else removed.new_zeros(self.shape[0])
+
+    def _output(self, held: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("gopt,gp->go", self.w[:, :, self.removed], held).reshape(-1)
+
+    def weight(self) -> torch.Tensor:
+        """The weight in its own shape."""
+        w = self.w.reshape(self.shape)
+        return w.T if self.transposed else w
+
+
+def _shifts(coupling: Coupling) -> dict[str, tuple[str, int]]:
+    """Per weight of a consumer, the tensor that can shift its output, and the sign: its bias, or the running mean of
+    the batch norm behind it.
+    """
+    readers: dict[Value, list[object]] = {}
+    for node in coupling.program.nodes:
+        for value in node.values():
+            readers.setdefault(value, []).append(node)
+    shown = set(coupling.program.outputs)
+    found: dict[str, tuple[str, int]] = {}
+    shared: set[str] = set()
+    for consumer in consumers(coupling):
+        if consumer.weight in found or consumer.weight in shared:  # a layer that is called twice
+            if found.get(consumer.weight, ("",))[0] != consumer.bias:
+                found.pop(consumer.weight, None)
+            shared.add(consumer.weight)
+            continue
+        shared.add(consumer.weight)
+        output = consumer.node.outputs[0]
+        after = readers.get(output, [])
+        if consumer.bias:
+            found[consumer.weight] = consumer.bias, 1
+        elif len(after) == 1 and output not in shown and (name := _running_mean(after[0])):
+            found[consumer.weight] = name, -1
+    return found
+
+
+def _running_mean(node: object) -> str:
+    op, arguments = getattr(node, "op", ""), getattr(node, "arguments", {})
+    mean = arguments.get("running_mean")
+    fits = op == "batch_norm" and not arguments.get("training") and isinstance(mean, Value) and mean.kind == "buffer"
+    return mean.target if fits and isinstance(mean, Value) else ""

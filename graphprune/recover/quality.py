@@ -1,0 +1,75 @@
+"""How much of what the original computes a smaller model still computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from graphprune.calibrate import Batch, Criterion
+from graphprune.trace import output_tensors, untouched
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A model on the batches it is calibrated on.
+
+    Attributes:
+        loss: mean loss per sample; None without a loss.
+        error: distance of its outputs from the original's, relative to their norm.
+        agreement: fraction of places at which the largest output along the last dim is the original's; None where the
+            first output is no table of numbers.
+    """
+
+    loss: float | None
+    error: float
+    agreement: float | None
+
+    def better_than(self, other: Quality) -> bool:
+        """Whether the loss, or without one the error, is smaller."""
+        if self.loss is not None and other.loss is not None:
+            return self.loss < other.loss
+        return self.error < other.error
+
+
+def qualities(
+    models: Sequence[nn.Module], batches: Iterable[Batch], criterion: Criterion | None, sample_dim: int = 0
+) -> list[Quality]:
+    """Of each model in eval mode, the first being the original."""
+    tallies = [_Tally() for _ in models]
+    for batch in batches:
+        want: list[torch.Tensor] = []
+        for model, tally in zip(models, tallies, strict=True):
+            with untouched(model), torch.no_grad():
+                output = batch.inputs.map(torch.clone).call(model)
+                got = [t for t in output_tensors(output) if t.is_floating_point()]
+                want = want or got
+                samples = next((t.shape[sample_dim] for t in batch.inputs.tensors() if t.dim() > sample_dim), 1)
+                tally.add(got, want)
+                if criterion is not None:
+                    tally.loss += float(criterion.total(output, batch.target, samples))
+                tally.samples += samples
+    return [tally.quality(criterion is not None) for tally in tallies]
+
+
+class _Tally:
+    def __init__(self) -> None:
+        self.loss = self.difference = self.norm = 0.0
+        self.same = self.places = self.samples = 0
+
+    def add(self, got: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) -> None:
+        """Compare the outputs of one batch."""
+        for g, w in zip(got, want, strict=True):
+            self.difference += float((g.double() - w.double()).square().sum())
+            self.norm += float(w.double().square().sum())
+        if want and want[0].dim() > 1 and want[0].shape[-1] > 1:
+            same = got[0].argmax(-1) == want[0].argmax(-1)
+            self.same, self.places = self.same + int(same.sum()), self.places + same.numel()
+
+    def quality(self, with_loss: bool) -> Quality:
+        """What was found."""
+        error = (self.difference / self.norm) ** 0.5 if self.norm else 0.0
+        agreement = self.same / self.places if self.places else None
+        return Quality(self.loss / max(1, self.samples) if with_loss else None, error, agreement)
