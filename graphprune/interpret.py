@@ -118,7 +118,7 @@ class Replay:
         program = self.program(inputs)
         try:
             with untouched(self.model), torch.compiler.set_stance("force_eager"):
-                output = self._output(program, inputs.map(torch.clone), stand_in)
+                output = self.output(program, inputs.map(torch.clone), stand_in)
                 then(output)
         except TraceError as error:
             if self._export or self._started:
@@ -130,7 +130,8 @@ class Replay:
         self._started = True
         return output
 
-    def _output(self, program: Program, inputs: Inputs, stand_in: StandIn) -> Any:
+    def output(self, program: Program, inputs: Inputs, stand_in: StandIn) -> Any:
+        """As `run`, without putting the model back as it was."""
         if program.source is None:
             return play(program, self.model, inputs, stand_in)
         state = dict(self.model.named_parameters(remove_duplicate=False)) | dict(self.model.named_buffers())

@@ -18,12 +18,14 @@ from tqdm.auto import tqdm
 
 from graphprune.calibrate.batches import Batch, Criterion, Loss, read
 from graphprune.calibrate.run import Pass, Sums
-from graphprune.calibrate.sites import Consumer, consumers
-from graphprune.calibrate.statistics import Activations, Gradients, Moments, Ranks
+from graphprune.calibrate.sites import Consumer, consumers, layers
+from graphprune.calibrate.statistics import CHUNK, UNFOLDED_LIMIT, Activations, Gradients, Moments, Ranks, columns
 from graphprune.coupling import Coupling
 from graphprune.errors import InputError
 
 __all__ = [
+    "CHUNK",
+    "UNFOLDED_LIMIT",
     "Activations",
     "Batch",
     "Calibration",
@@ -35,7 +37,9 @@ __all__ = [
     "Ranks",
     "Statistic",
     "calibrate",
+    "columns",
     "consumers",
+    "layers",
     "read",
 ]
 

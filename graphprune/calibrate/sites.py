@@ -18,7 +18,7 @@ import torch
 from graphprune.axes import Atom, Axes, Axis
 from graphprune.coupling import Coupling
 from graphprune.errors import CalibrationError
-from graphprune.program import Node, Value
+from graphprune.program import Node, Program, Value
 
 ACTIVATIONS = ("node", "input")
 
@@ -145,21 +145,26 @@ CONSUMERS: Mapping[str, tuple[str, str, str]] = {
 
 def consumers(coupling: Coupling) -> Iterator[Consumer]:
     """Every consumer of every group, in order of execution."""
-    atoms = set(coupling.atoms.values())
-    for node in coupling.program.nodes:
+    atoms, dims = set(coupling.atoms.values()), {v.target: coupling.dims[v] for v in coupling.program.parameters}
+    for layer in layers(coupling.program):
+        axis = dims[layer.weight][0 if layer.transposed else 1]
+        if not atoms.isdisjoint(coupling.axes.leaves(axis)):
+            yield layer
+
+
+def layers(program: Program) -> Iterator[Consumer]:
+    """Every linear layer and convolution with a weight of its own, in order of execution."""
+    for node in program.nodes:
         if node.op not in CONSUMERS:
             continue
-        given, weight, bias = (node.arguments.get(name) for name in CONSUMERS[node.op])
+        given, weight, bias = map(node.arguments.get, CONSUMERS[node.op])
         plain = isinstance(weight, Value) and weight.kind == "parameter" and len(weight.shape) > 1
         if not plain or not isinstance(given, Value) or given.kind not in ACTIVATIONS:
             continue
+        assert isinstance(weight, Value)
         transposed = node.op in ("addmm", "mm", "matmul")
-        axis = coupling.dims[weight][0 if transposed else 1]
-        groups = node.arguments.get("groups") or 1
-        if atoms.isdisjoint(coupling.axes.leaves(axis)):
-            continue
-        held = isinstance(bias, Value) and bias.kind == "parameter"
-        yield Consumer(node, given, weight.target, bias.target if held else "", transposed, groups)
+        shift = bias.target if isinstance(bias, Value) and bias.kind == "parameter" else ""
+        yield Consumer(node, given, weight.target, shift, transposed, node.arguments.get("groups") or 1)
 
 
 def ends(coupling: Coupling, sample_dim: int) -> tuple[End, ...]:

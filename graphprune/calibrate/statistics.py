@@ -187,18 +187,14 @@ class Moments(Statistic):
     @classmethod
     def empty(cls, consumer: Consumer, shape: tuple[int, ...], *, products: bool) -> Moments:
         """Of no samples, for a consumer whose weight has this shape."""
-        if consumer.transposed or len(shape) == 2:
-            inputs, taps = shape[0 if consumer.transposed else 1], 1
-        else:
-            inputs, taps = shape[1], math.prod(shape[2:])
-            taps = taps if inputs * taps <= UNFOLDED_LIMIT and len(shape) < 5 else 1
-        columns = inputs * taps
-        matrix = _zeros(consumer.groups, columns, columns) if products else None
-        return cls(_zeros(), _zeros(consumer.groups, columns), matrix, taps)
+        inputs, taps = shape[0 if consumer.transposed else 1], math.prod(shape[2:])
+        taps = taps if inputs * taps <= UNFOLDED_LIMIT and len(shape) < 5 else 1
+        n = inputs * taps
+        return cls(_zeros(), _zeros(consumer.groups, n), _zeros(consumer.groups, n, n) if products else None, taps)
 
     def add(self, consumer: Consumer, x: torch.Tensor, kernel: tuple[int, ...]) -> None:
         """Add the input of one call; `kernel` is the size of its kernel."""
-        for rows in _columns(consumer, x.detach().float() if x.dtype != torch.float64 else x.detach(), kernel, self):
+        for rows in columns(consumer, x, kernel, self.taps):
             self.count += rows.shape[1]
             self.total += rows.sum(1).double().cpu()
             if self.products is not None:
@@ -221,21 +217,32 @@ class Moments(Statistic):
         return self.products / self.count
 
 
-def _columns(consumer: Consumer, x: torch.Tensor, kernel: tuple[int, ...], held: Moments) -> Iterator[torch.Tensor]:
-    """The rows that a consumer multiplies with its weight, (groups, rows, columns), a piece at a time."""
+def columns(
+    consumer: Consumer, x: torch.Tensor, kernel: tuple[int, ...], taps: int, samples: int = 0
+) -> Iterator[torch.Tensor]:
+    """What a layer multiplies with its weight, (groups, rows, columns), a piece at a time.
+
+    Args:
+        consumer: the layer.
+        x: its input.
+        kernel: size of its kernel.
+        taps: columns per channel: the size of the kernel, or 1 for the channels alone.
+        samples: how many samples a piece of a convolution's input has; by default as many as `CHUNK` allows.
+    """
+    x = x.detach() if x.dtype == torch.float64 else x.detach().float()
     groups = consumer.groups
     if not consumer.node.op.startswith("conv"):
         yield x.reshape(1, -1, x.shape[-1])
         return
-    if held.taps == 1:
-        if x.dim() == len(kernel) + 1:
-            x = x[None]
-        pieces = x.reshape(x.shape[0], groups, -1, math.prod(x.shape[2:]))
-        yield pieces.permute(1, 0, 3, 2).reshape(groups, -1, pieces.shape[2])
+    x = x if x.dim() == len(kernel) + 2 else x[None]
+    samples = samples or max(1, CHUNK // max(1, x[0].numel() * taps))
+    if taps < math.prod(kernel):
+        for piece in x.split(samples):
+            split = piece.reshape(len(piece), groups, -1, math.prod(x.shape[2:]))
+            yield split.permute(1, 0, 3, 2).reshape(groups, -1, split.shape[2])
         return
     given = consumer.node.arguments
     stride, dilation, padding = (_sides(given[name], len(kernel)) for name in ("stride", "dilation", "padding"))
-    x = x if x.dim() == len(kernel) + 2 else x[None]
     if len(kernel) == 1:
         x, kernel, stride, dilation = x[:, :, None], (1, *kernel), (1, *stride), (1, *dilation)
         padding = padding if isinstance(padding, str) else (0, *padding)
@@ -243,8 +250,7 @@ def _columns(consumer: Consumer, x: torch.Tensor, kernel: tuple[int, ...], held:
         added = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
         x = F.pad(x, [n for a in reversed(added) for n in (a // 2, a - a // 2)])
         padding = (0, 0)
-    per_sample = max(1, x[0].numel() * held.taps)
-    for piece in x.split(max(1, CHUNK // per_sample)):
+    for piece in x.split(samples):
         unfolded = F.unfold(piece, kernel, dilation, padding, stride)
         split = unfolded.view(len(piece), groups, -1, unfolded.shape[-1])
         yield split.permute(1, 0, 3, 2).reshape(groups, -1, split.shape[2])
