@@ -1,7 +1,7 @@
 """How much each channel matters: one small file per criterion, all behind one protocol."""
 
 from graphprune.importance.magnitude import Magnitude
-from graphprune.importance.protocol import Importance, Scores
+from graphprune.importance.protocol import Importance, Order, Removal, Scores, ordered
 from graphprune.importance.random import Random
 
-__all__ = ["Importance", "Magnitude", "Random", "Scores"]
+__all__ = ["Importance", "Magnitude", "Order", "Random", "Removal", "Scores", "ordered"]
