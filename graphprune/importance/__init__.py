@@ -6,5 +6,18 @@ from graphprune.importance.lamp import LAMP
 from graphprune.importance.magnitude import Magnitude
 from graphprune.importance.protocol import Importance, Order, Removal, Scores, ordered
 from graphprune.importance.random import Random
+from graphprune.importance.weights import elements
 
-__all__ = ["FPGM", "LAMP", "Gamma", "Importance", "Magnitude", "Order", "Random", "Removal", "Scores", "ordered"]
+__all__ = [
+    "FPGM",
+    "LAMP",
+    "Gamma",
+    "Importance",
+    "Magnitude",
+    "Order",
+    "Random",
+    "Removal",
+    "Scores",
+    "elements",
+    "ordered",
+]

@@ -9,7 +9,9 @@ from torch import nn
 
 from graphprune.coupling import Coupling
 from graphprune.importance import choice
-from graphprune.importance.weights import OVER, Over, rows, slots
+from graphprune.importance.fallback import complete
+from graphprune.importance.protocol import Importance, Scores
+from graphprune.importance.weights import NO_FILTER, OVER, Over, elements
 
 CHUNK = 2**24
 """How many distances are held at a time (128 MiB)."""
@@ -27,6 +29,8 @@ class FPGM:
     Args:
         over: only the "filters" that compute the channel, as in the paper: weights of two dims or more, in the dims
             that go on into the result; or "all" members.
+        otherwise: scores groups without filters, such as those that a scale makes of an input; with None they are an
+            error.
     Raises:
         InputError: `over` is neither.
 
@@ -39,24 +43,22 @@ class FPGM:
     """
 
     over: Over = "filters"
+    otherwise: Importance | None = None
 
     def __post_init__(self) -> None:
         choice.check(self, over=(self.over, OVER))
 
-    def __call__(self, model: nn.Module, coupling: Coupling) -> dict[str, torch.Tensor]:
+    def __call__(self, model: nn.Module, coupling: Coupling) -> Scores:
         """Score every channel of every group, in float64.
 
         Raises:
             InputError: a weight is on the meta device, or holds NaN or infinity.
-            CriterionError: only filters are meant, and a group has none.
+            CriterionError: only filters are meant, a group has none, and `otherwise` is None.
         """
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        names = {atom: name for name, atom in coupling.atoms.items()}
-        scores = {name: torch.zeros(atom.size, dtype=torch.float64) for name, atom in coupling.atoms.items()}
-        for slot in slots(coupling, self.over):
-            for atom in slot.atoms:
-                scores[names[atom]] += distances(rows(parameters[slot.value.target], slot, atom, coupling))
-        return scores
+        scores: dict[str, torch.Tensor] = {}
+        for name, members in elements(model, coupling, self.over):
+            scores[name] = distances(members) + scores.get(name, 0)
+        return complete(scores, model, coupling, self.otherwise, f"FPGM: {NO_FILTER}")
 
 
 def distances(points: torch.Tensor) -> torch.Tensor:

@@ -8,9 +8,7 @@ import torch
 from torch import nn
 
 from graphprune.coupling import Coupling
-from graphprune.importance import choice
 from graphprune.importance.magnitude import Magnitude
-from graphprune.importance.weights import OVER, Over
 
 
 @dataclass(frozen=True)
@@ -23,33 +21,22 @@ class LAMP:
     that removing the channel would distort. Of channels of equal norm the first counts as the larger, so that one
     channel of every group scores 1, however many are equal. Zeros score 0.
 
-    Args:
-        over: "all" weights removed with a channel, or only the "filters" that compute it (see `Magnitude`).
-    Raises:
-        InputError: `over` is neither.
-
     Example:
         >>> import graphprune as gp
-        >>> net = nn.Sequential(nn.Linear(1, 3, bias=False), nn.ReLU(), nn.Linear(3, 2)).double()
+        >>> net = nn.Sequential(nn.Linear(1, 3, bias=False), nn.ReLU(), nn.Linear(3, 2, bias=False)).double()
         >>> net[0].weight = nn.Parameter(torch.tensor([[1.0], [2.0], [0.0]], dtype=torch.float64))
-        >>> LAMP(over="filters")(net, gp.couple(gp.trace(net, torch.zeros(1, 1, dtype=torch.float64))))["0"].tolist()
+        >>> net[2].weight = nn.Parameter(torch.zeros(2, 3, dtype=torch.float64))
+        >>> LAMP()(net, gp.couple(gp.trace(net, torch.zeros(1, 1, dtype=torch.float64))))["0"].tolist()
         [0.2, 1.0, 0.0]
     """
-
-    over: Over = "all"
-
-    def __post_init__(self) -> None:
-        choice.check(self, over=(self.over, OVER))
 
     def __call__(self, model: nn.Module, coupling: Coupling) -> dict[str, torch.Tensor]:
         """Score every channel of every group, in float64, between 0 and 1.
 
         Raises:
             InputError: a weight is on the meta device, or holds NaN or infinity.
-            CriterionError: only filters are meant, and a group has none.
         """
-        norms = Magnitude(p=2, over=self.over)(model, coupling)
-        return {name: relative(norm.square()) for name, norm in norms.items()}
+        return {name: relative(norm.square()) for name, norm in Magnitude(p=2).norms(model, coupling).items()}
 
 
 def relative(squares: torch.Tensor) -> torch.Tensor:

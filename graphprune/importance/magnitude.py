@@ -16,7 +16,9 @@ from graphprune.axes import Atom, Axis, Positions
 from graphprune.coupling import Coupling
 from graphprune.errors import InputError
 from graphprune.importance import choice
-from graphprune.importance.weights import OVER, Over, Slot, loaded, slots
+from graphprune.importance.fallback import complete
+from graphprune.importance.protocol import Importance, Scores
+from graphprune.importance.weights import NO_FILTER, OVER, Over, Slot, loaded, slots
 
 Reduce = Literal["norm", "mean", "max"]
 Normalize = Literal["mean", "max", "size"] | None
@@ -40,6 +42,8 @@ class Magnitude:
         normalize: what makes groups comparable with each other. "mean" and "max" divide the scores of a group by their
             mean or maximum; "size" takes the mean of the p-th powers in every norm instead of their sum, so that
             the number of elements of a channel does not count. None leaves the norms as they are.
+        otherwise: scores groups without filters, such as those that a scale makes of an input; with None they are an
+            error.
     Raises:
         InputError: `p` is not positive and finite, or another option is none of its words.
 
@@ -54,6 +58,7 @@ class Magnitude:
     over: Over = "all"
     reduce: Reduce = "norm"
     normalize: Normalize = None
+    otherwise: Importance | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.p < math.inf:
@@ -63,12 +68,20 @@ class Magnitude:
             self, over=(self.over, OVER), reduce=(self.reduce, get_args(Reduce)), normalize=(self.normalize, words)
         )
 
-    def __call__(self, model: nn.Module, coupling: Coupling) -> dict[str, torch.Tensor]:
+    def __call__(self, model: nn.Module, coupling: Coupling) -> Scores:
         """Score every channel of every group, in float64.
 
         Raises:
             InputError: a weight is on the meta device, or holds NaN or infinity.
-            CriterionError: only filters are meant, and a group has none.
+            CriterionError: only filters are meant, a group has none, and `otherwise` is None.
+        """
+        return complete(self.norms(model, coupling), model, coupling, self.otherwise, f"Magnitude: {NO_FILTER}")
+
+    def norms(self, model: nn.Module, coupling: Coupling) -> dict[str, torch.Tensor]:
+        """The scores of the groups that have members.
+
+        Raises:
+            InputError: a weight is on the meta device, or holds NaN or infinity.
         """
         parameters = dict(model.named_parameters(remove_duplicate=False))
         sizes = {name: atom.size for name, atom in coupling.atoms.items()}
@@ -77,14 +90,20 @@ class Magnitude:
         memo: dict[Axis, Any] = {}
         total = torch.zeros(sum(sizes.values()), dtype=torch.float64)
         count = torch.zeros_like(total)
-        for (axis, atoms), members in _by_axis(slots(coupling, self.over), parameters, self.p).items():
+        found = slots(coupling, self.over)
+        for (axis, atoms), members in _by_axis(found, parameters, self.p).items():
             whole = len(atoms) == sum(atom in first for atom in coupling.axes.leaves(axis))
             given = (first, memo) if whole else ({atom: first[atom] for atom in atoms}, {})
             self._add(members, coupling.axes.places(axis, *given), total, count)
         if self.reduce == "mean" or (self.reduce == "norm" and self.normalize == "size"):
             total /= count
         scores = torch.split(total.pow(1 / self.p) if self.reduce == "norm" else total, list(sizes.values()))
-        return {name: self._normalized(score) for name, score in zip(sizes, scores, strict=True)}
+        held = {atom for slot in found for atom in slot.atoms}
+        return {
+            name: self._normalized(score)
+            for (name, atom), score in zip(coupling.atoms.items(), scores, strict=True)
+            if atom in held
+        }
 
     def _add(
         self, members: _Members, places: tuple[Positions, Positions], total: torch.Tensor, count: torch.Tensor
@@ -138,12 +157,13 @@ def _powers(parameter: torch.Tensor, name: str, dims: Sequence[int], p: float) -
     else:
         weight = weight.reshape([parameter.shape[d] for d in dims])
         held = _power((weight.abs() if parameter.is_complex() else weight).double(), p)
-    if not held.isfinite().all():
-        raise InputError(f"{name} holds NaN or infinity, or values too large for the {p}-th power; it has no norm")
-    return [
+    sums = [
         held.sum([k for k in range(len(dims)) if k != d]).cpu() if len(dims) > 1 else held.cpu()
         for d in range(len(dims))
     ]
+    if not sums[0].isfinite().all():  # of one dim, as each sum is over all elements
+        raise InputError(f"{name} holds NaN or infinity, or values too large for the {p}-th power; it has no norm")
+    return sums
 
 
 def _power(x: torch.Tensor, p: float) -> torch.Tensor:

@@ -159,6 +159,31 @@ def test_a_filter_that_is_computed_is_followed_to_where_it_meets_the_data(forwar
     close(Magnitude(p=1, over="filters")(net, coupling)[name], want(net))
 
 
+def test_the_inputs_of_a_transposed_convolution_are_not_its_filters_where_they_are_the_same_channels():
+    def forward(s, x):
+        x = F.conv2d(x, s.stem)
+        return (x + F.conv_transpose2d(x, s.back)).flatten(1)
+
+    net, coupling = coupled(Written(forward, stem=(8, 3, 1, 1), back=(8, 8, 1, 1)), torch.rand(2, 3, 1, 1))
+    scores = Magnitude(p=1, over="filters")(net, coupling)
+    close(scores["stem"], net.stem.abs().sum((1, 2, 3)) + net.back.abs().sum((0, 2, 3)))
+
+
+def test_channels_that_never_meet_the_data_are_computed_where_weights_meet_constants():
+    def forward(s, x):
+        hidden = F.linear(s.table, s.a).relu()  # (3, 7)
+        return x @ F.linear(hidden, s.b)
+
+    net = Written(forward, a=(7, 2), b=(8, 7))
+    net.register_buffer("table", torch.rand(3, 2))
+    net, coupling = coupled(net, torch.rand(2, 3))
+    assert {name: atom.size for name, atom in coupling.atoms.items()} == {"a": 7, "a.dim1": 2, "b": 8}
+    scores = Magnitude(p=1, over="filters", otherwise=Magnitude())(net, coupling)
+    close(scores["a"], net.a.abs().sum(1))
+    close(scores["b"], net.b.abs().sum(1))
+    close(scores["a.dim1"], net.a.norm(dim=0))
+
+
 def test_a_filter_under_spectral_norm_computes_its_rows_and_reads_its_columns():
     layers = [spectral_norm(nn.Linear(3, 8)), nn.ReLU(), spectral_norm(nn.Linear(8, 5)), nn.ReLU(), nn.Linear(5, 2)]
     net, coupling = coupled(nn.Sequential(*layers), torch.rand(2, 3))
@@ -236,11 +261,10 @@ def test_lamp_divides_by_what_is_at_least_as_large():
     assert relative(torch.zeros(2)).tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("over", ["all", "filters"])
 @pytest.mark.parametrize(("build", "x"), [(Residual, IMAGE), (grouped, IMAGE), (Attention, SEQUENCE), (Concatenation, IMAGE)])  # fmt: skip
-def test_lamp_ranks_as_the_norm_does_and_one_channel_of_each_group_scores_one(build, x, over):
+def test_lamp_ranks_as_the_norm_does_and_one_channel_of_each_group_scores_one(build, x):
     net, coupling = coupled(build(), x)
-    norms, scores = Magnitude(over=over)(net, coupling), LAMP(over=over)(net, coupling)
+    norms, scores = Magnitude()(net, coupling), LAMP()(net, coupling)
     assert norms.keys() == scores.keys() == coupling.atoms.keys()
     for name, norm in norms.items():
         assert norm.argsort().tolist() == scores[name].argsort().tolist()
@@ -398,7 +422,6 @@ def test_every_criterion_scores_every_group_and_its_plan_verifies(criterion, net
         (lambda: Magnitude(reduce="sum"), r"Magnitude\(reduce='sum'\): it is one of 'norm', 'mean', 'max'"),
         (lambda: Magnitude(normalize=2), r"Magnitude\(normalize=2\): it is one of None, 'mean', 'max', 'size'"),
         (lambda: FPGM(over=["all"]), r"FPGM\(over=\['all'\]\): it is one of 'all', 'filters'"),
-        (lambda: LAMP(over=None), r"LAMP\(over=None\): it is one of"),
         (lambda: Gamma("norm"), r"Gamma\(reduction='norm'\): it is one of 'sum', 'mean', 'max'"),
     ],
 )
@@ -407,11 +430,16 @@ def test_an_option_that_is_none_of_its_words_is_refused(make, match):
         make()
 
 
-def test_a_group_that_no_weight_computes_has_no_filters():
+@pytest.mark.parametrize("criterion", [Magnitude, FPGM])
+def test_a_group_without_filters_is_named_or_scored_by_another_criterion(criterion):
     net, coupling = coupled(Written(lambda s, x: x * s.scale, scale=(8,)), torch.rand(2, 1))
-    for criterion in (Magnitude(over="filters"), FPGM(), LAMP(over="filters")):
-        with pytest.raises(gp.CriterionError, match=r"computes the channels of 1 of 1 groups: 'scale'; use over='all'"):
-            criterion(net, coupling)
+    with pytest.raises(
+        gp.CriterionError,
+        match=rf"{criterion.__name__}: no weight of two dims or more computes the channels of 1 of 1 groups: 'scale'",
+    ):
+        criterion(over="filters")(net, coupling)
+    other = criterion(over="filters", otherwise=Random(1))(net, coupling)
+    close(other["scale"], Random(1)(net, coupling)["scale"])
 
 
 READERS = [Magnitude(), Magnitude(p=1, reduce="max"), FPGM(over="all"), LAMP(), Gamma()]
