@@ -177,7 +177,7 @@ class Coupling:
         graph = nx.Graph()
         for applied in self.applied.values():
             slots = [*operand_values(applied.node), *applied.node.outputs]
-            for tie in _ties(applied, self.axes):
+            for tie in ties(applied, self.axes):
                 named = [(slots[i], d) for i, d in tie if i < len(slots) and slots[i] is not None]
                 for b, db in named[1:]:
                     graph.add_edge((_label(named[0][0]), named[0][1]), (_label(b), db), node=applied.node)
@@ -280,8 +280,11 @@ class Coupling:
         return "\n".join(lines)
 
 
-def _ties(applied: Applied, axes: Axes) -> Iterable[Sequence[tuple[int, int]]]:
-    """The ties a rule stated, or, for a rule that states none, the dims that share atoms."""
+def ties(applied: Applied, axes: Axes) -> Iterable[Sequence[tuple[int, int]]]:
+    """Per tie, the (position, dim) of each slot that an op makes one index set, outputs counted after operands.
+
+    They are what the rule stated, or, for a rule that states none, the dims that share atoms.
+    """
     if applied.ties:
         return applied.ties
     by_atom: dict[Atom, list[tuple[int, int]]] = {}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -21,6 +23,10 @@ def test_every_python_block_runs_in_order(capsys):
     assert type(scope["smaller"]) is type(scope["detector"])
     assert scope["boxes"].shape[1] == 4  # type: ignore[attr-defined]
     assert scope["small"][0].out_channels == 4  # type: ignore[index]
+    net, largest = scope["net"], scope["by_largest"].plan.groups["0"]  # type: ignore[attr-defined,index]
+    members = [net[0].weight, net[0].bias, net[1].weight, net[1].bias, net[3].weight.transpose(0, 1)]  # type: ignore[index]
+    scores = torch.cat([m.detach().reshape(16, -1) for m in members], 1).abs().amax(1)
+    assert largest == tuple(sorted(scores.argsort(descending=True, stable=True)[:8].tolist()))
 
 
 def test_there_are_two_commands_and_both_start_from_nothing():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
@@ -10,6 +12,7 @@ import torch
 from graphprune.cost import COSTS
 from graphprune.coupling import Coupling
 from graphprune.errors import InputError, TargetError
+from graphprune.importance.protocol import Order, Scores, ordered
 from graphprune.plan import Plan
 
 
@@ -54,35 +57,62 @@ class Target:
         return float(getattr(self, self.name))
 
 
-def allocate(scores: Mapping[str, torch.Tensor], target: Target, coupling: Coupling) -> Plan:
-    """Keep the same fraction of every group, the best-scored channels of each.
+def allocate(scores: Scores, target: Target, coupling: Coupling) -> Plan:
+    """Keep the same fraction of every group, the channels that its scores or its order hold best.
 
     Args:
-        scores: per group name, one score per channel; higher = keep. A group without scores stays whole.
+        scores: per group name, one score per channel, higher = keep, of equal ones the first; or an order, which says
+            itself what stays at a width. A group without scores stays whole.
         target: the fraction of channels itself, or a cost, for which the fraction is searched.
         coupling: whose groups are meant.
     Raises:
         TargetError: a cost target lies below what is left with one channel per group; the message gives that value.
         UnknownName: scores for a group that is not there.
-        InputError: scores that are not one finite number per channel.
+        InputError: scores that are not one number per channel, an order of another size, or one that does not give
+            as many positions as it is asked for.
     """
-    sizes = {name: _checked(name, score, coupling.group(name).size) for name, score in scores.items()}
+    orders = {name: _order(name, score, coupling.group(name).size) for name, score in scores.items()}
+    sizes = {name: order.size for name, order in orders.items()}
     widths = _uniform(sizes, target.value) if target.name == "channels" else _search(sizes, target, coupling)
-    return Plan.of(coupling, {name: _best(scores[name], width) for name, width in widths.items()})
+    return Plan.of(coupling, {name: _kept(name, orders[name], width) for name, width in widths.items()})
 
 
-def _checked(name: str, score: torch.Tensor, size: int) -> int:
-    """The size of a group, once its scores are found to fit.
+def _order(name: str, scores: torch.Tensor | Order, size: int) -> Order:
+    """The order of a group, once what a criterion gave is found to fit.
 
     Raises:
-        InputError: they do not.
+        InputError: it does not.
     """
-    if not isinstance(score, torch.Tensor) or score.shape != (size,):
-        found = tuple(score.shape) if isinstance(score, torch.Tensor) else type(score).__name__
-        raise InputError(f"scores of group {name!r} are {found}; an importance gives a tensor of shape ({size},)")
-    if score.isnan().any():
-        raise InputError(f"scores of group {name!r} hold NaN, which has no rank; check the weights and the importance")
-    return size
+    if isinstance(scores, torch.Tensor):
+        if scores.shape != (size,) or scores.is_complex() or scores.is_meta:
+            found = tuple(scores.shape) if scores.shape != (size,) else f"{scores.dtype} on {scores.device}"
+            raise InputError(f"scores of group {name!r} are {found}; an importance gives real numbers, shape ({size},)")
+        if scores.isnan().any():
+            raise InputError(f"scores of group {name!r} hold NaN, which has no rank; check the weights and importance")
+    elif not callable(getattr(scores, "keep", None)):
+        raise InputError(
+            f"scores of group {name!r} are {type(scores).__name__}; an importance gives a tensor of shape ({size},) "
+            "or an order with a method keep(width)"
+        )
+    elif scores.size != size:
+        raise InputError(f"the order of group {name!r} is of {scores.size} channels; the group has {size}")
+    return ordered(scores)
+
+
+def _kept(name: str, order: Order, width: int) -> list[int]:
+    """What an order keeps at a width.
+
+    Raises:
+        InputError: it is not that many positions of the group, ascending.
+    """
+    kept = order.keep(width)
+    fits = isinstance(kept, list) and len(kept) == width and all(isinstance(i, int) for i in kept)
+    if not fits or any(a >= b for a, b in itertools.pairwise([-1, *kept, order.size])):
+        raise InputError(
+            f"the order of group {name!r} keeps {reprlib.repr(kept)} at width {width}; "
+            f"keep({width}) returns a list of {width} ascending positions from 0 to {order.size - 1}"
+        )
+    return kept
 
 
 def _uniform(sizes: Mapping[str, int], fraction: float) -> dict[str, int]:
@@ -113,9 +143,3 @@ def _search(sizes: Mapping[str, int], target: Target, coupling: Coupling) -> dic
         middle = (low + high) / 2
         low, high = (middle, high) if cost.at(_uniform(sizes, middle)) <= budget else (low, middle)
     return _uniform(sizes, low)
-
-
-def _best(score: torch.Tensor, width: int) -> list[int]:
-    """Positions of the `width` highest scores; of equal ones the first."""
-    order = torch.argsort(score, descending=True, stable=True)
-    return sorted(order[:width].tolist())

@@ -6,24 +6,46 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
+import numpy as np
 import torch
 from torch import nn
 
-from graphprune.axes import Axis
+from graphprune.axes import Atom, Axis, Positions
 from graphprune.coupling import Coupling
 from graphprune.errors import InputError
+from graphprune.importance import choice
+from graphprune.importance.fallback import complete
+from graphprune.importance.protocol import Importance, Scores
+from graphprune.importance.weights import NO_FILTER, OVER, Over, Slot, loaded, slots
+
+Reduce = Literal["norm", "mean", "max"]
+Normalize = Literal["mean", "max", "size"] | None
+_Members: TypeAlias = list[tuple[torch.Tensor, int]]
+"""Per member, the sum of the p-th powers at each position of its axis, and how many elements a position has."""
 
 
 @dataclass(frozen=True)
 class Magnitude:
-    """Score channel i by the p-norm of all parameter elements removed with it, over all members of its group.
+    """Score channel i by the p-norm of the parameter elements removed with it, over the members of its group.
+
+    A member is one dim of one parameter in which the group occurs, such as the rows of a weight, a bias, or the columns
+    of the next weight. Filters alone, as in the paper, are `Magnitude(p=1, over="filters")`; everything that goes with
+    a channel, as in DepGraph (Fang et al., CVPR 2023), is the default.
 
     Args:
         p: order of the norm, positive and finite.
+        over: "all" members, or only the "filters" that compute the channel: weights of two dims or more, in the dims
+            that go on into the result, without biases, scales and the weights that read the channel.
+        reduce: "norm" takes one norm of the elements of all members; "mean" and "max" are those of the members' norms.
+        normalize: what makes groups comparable with each other. "mean" and "max" divide the scores of a group by their
+            mean or maximum; "size" takes the mean of the p-th powers in every norm instead of their sum, so that
+            the number of elements of a channel does not count. None leaves the norms as they are.
+        otherwise: scores groups without filters, such as those that a scale makes of an input; with None they are an
+            error.
     Raises:
-        InputError: `p` is not positive.
+        InputError: `p` is not positive and finite, or another option is none of its words.
 
     Example:
         >>> import graphprune as gp
@@ -33,53 +55,101 @@ class Magnitude:
     """
 
     p: float = 2
+    over: Over = "all"
+    reduce: Reduce = "norm"
+    normalize: Normalize = None
+    otherwise: Importance | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.p < math.inf:
             raise InputError(f"Magnitude(p={self.p}): the order of a norm is positive and finite, such as 1 or 2")
+        words = (None, "mean", "max", "size")
+        choice.check(
+            self, over=(self.over, OVER), reduce=(self.reduce, get_args(Reduce)), normalize=(self.normalize, words)
+        )
 
-    def __call__(self, model: nn.Module, coupling: Coupling) -> dict[str, torch.Tensor]:
+    def __call__(self, model: nn.Module, coupling: Coupling) -> Scores:
         """Score every channel of every group, in float64.
 
         Raises:
-            InputError: a weight is on the meta device.
+            InputError: a weight is on the meta device, or holds NaN or infinity.
+            CriterionError: only filters are meant, a group has none, and `otherwise` is None.
+        """
+        return complete(self.norms(model, coupling), model, coupling, self.otherwise, f"Magnitude: {NO_FILTER}")
+
+    def norms(self, model: nn.Module, coupling: Coupling) -> dict[str, torch.Tensor]:
+        """The scores of the groups that have members.
+
+        Raises:
+            InputError: a weight is on the meta device, or holds NaN or infinity.
         """
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        axes, sizes = coupling.axes, {name: atom.size for name, atom in coupling.atoms.items()}
+        sizes = {name: atom.size for name, atom in coupling.atoms.items()}
         starts = dict(zip(sizes, itertools.accumulate((0, *sizes.values())), strict=False))
         first = {atom: starts[name] for name, atom in coupling.atoms.items()}
         memo: dict[Axis, Any] = {}
         total = torch.zeros(sum(sizes.values()), dtype=torch.float64)
-        for axis, powers in _by_axis(coupling, parameters, self.p).items():
-            at, which = (torch.from_numpy(a) for a in axes.places(axis, first, memo))
-            if len(at):
-                total.index_add_(0, which, powers[at])
-        scores = torch.split(total.pow(1 / self.p), list(sizes.values()))
-        return dict(zip(sizes, scores, strict=True))
+        count = torch.zeros_like(total)
+        found = slots(coupling, self.over)
+        for (axis, atoms), members in _by_axis(found, parameters, self.p).items():
+            whole = len(atoms) == sum(atom in first for atom in coupling.axes.leaves(axis))
+            given = (first, memo) if whole else ({atom: first[atom] for atom in atoms}, {})
+            self._add(members, coupling.axes.places(axis, *given), total, count)
+        if self.reduce == "mean" or (self.reduce == "norm" and self.normalize == "size"):
+            total /= count
+        scores = torch.split(total.pow(1 / self.p) if self.reduce == "norm" else total, list(sizes.values()))
+        held = {atom for slot in found for atom in slot.atoms}
+        return {
+            name: self._normalized(score)
+            for (name, atom), score in zip(coupling.atoms.items(), scores, strict=True)
+            if atom in held
+        }
+
+    def _add(
+        self, members: _Members, places: tuple[Positions, Positions], total: torch.Tensor, count: torch.Tensor
+    ) -> None:
+        """Add the members with one axis to the total, and to what it is divided by: elements or members."""
+        at, which = (torch.from_numpy(a) for a in places)
+        if self.reduce == "norm":
+            total.index_add_(0, which, torch.stack([powers for powers, _ in members]).sum(0)[at])
+            count.index_add_(0, which, count.new_full(which.shape, sum(n for _, n in members)))
+            return
+        unique = np.unique(places[1], return_inverse=True, return_counts=True)
+        channels, inverse, repeats = (torch.from_numpy(a) for a in unique)
+        for powers, n in members:
+            own = powers.new_zeros(len(channels)).index_add_(0, inverse, powers[at])
+            norm = (own / (n * repeats) if self.normalize == "size" else own).pow(1 / self.p)
+            total[channels] = total[channels].maximum(norm) if self.reduce == "max" else total[channels] + norm
+            count[channels] += 1
+
+    def _normalized(self, scores: torch.Tensor) -> torch.Tensor:
+        if self.normalize not in ("mean", "max"):
+            return scores
+        by = scores.mean() if self.normalize == "mean" else scores.max()
+        return scores / by if by > 0 else scores
 
 
-def _by_axis(coupling: Coupling, parameters: Mapping[str, torch.Tensor], p: float) -> dict[Axis, torch.Tensor]:
-    """Per axis, the sum of the p-th powers of the weights at each of its positions, over all slots that have it."""
-    grouped = set(coupling.atoms.values())
-    sums: dict[Axis, torch.Tensor] = {}
-    for value in coupling.program.parameters:
-        found = [coupling.axes.find(axis) for axis in coupling.dims[value]]
-        dims = [d for d, axis in enumerate(found) if not grouped.isdisjoint(coupling.axes.leaves(axis))]
-        for d, powers in zip(dims, _powers(parameters[value.target], value.target, dims, p), strict=True):
-            sums[found[d]] = sums[found[d]] + powers if found[d] in sums else powers
-    return sums
+def _by_axis(
+    found: Sequence[Slot], parameters: Mapping[str, torch.Tensor], p: float
+) -> dict[tuple[Axis, frozenset[Atom]], _Members]:
+    """The members, by what they have in common: the axis, and the groups that are meant in it."""
+    members: dict[tuple[Axis, frozenset[Atom]], _Members] = {}
+    for value, same in itertools.groupby(found, key=lambda slot: slot.value):
+        held = list(same)
+        powers = _powers(parameters[value.target], value.target, [slot.dim for slot in held], p)
+        for slot, power in zip(held, powers, strict=True):
+            elements = math.prod(value.shape) // value.shape[slot.dim]
+            members.setdefault((slot.axis, slot.atoms), []).append((power, elements))
+    return members
 
 
 def _powers(parameter: torch.Tensor, name: str, dims: Sequence[int], p: float) -> list[torch.Tensor]:
     """The sum of the p-th powers of a weight at each position of each of `dims`, in float64.
 
     Raises:
-        InputError: the weight is on the meta device.
+        InputError: the weight is on the meta device, or a sum is not finite.
     """
-    if not dims:
-        return []
-    if parameter.is_meta:
-        raise InputError(f"{name} is on the meta device and has no values to rank; load weights first")
+    loaded(parameter, name)
     others, weight = [d for d in range(parameter.dim()) if d not in dims], parameter.detach()
     if any(parameter.shape[d] > 1 for d in others):  # one pass over the weight, without a copy of it
         wide = torch.complex128 if parameter.is_complex() else torch.float64
@@ -87,10 +157,13 @@ def _powers(parameter: torch.Tensor, name: str, dims: Sequence[int], p: float) -
     else:
         weight = weight.reshape([parameter.shape[d] for d in dims])
         held = _power((weight.abs() if parameter.is_complex() else weight).double(), p)
-    return [
+    sums = [
         held.sum([k for k in range(len(dims)) if k != d]).cpu() if len(dims) > 1 else held.cpu()
         for d in range(len(dims))
     ]
+    if not sums[0].isfinite().all():  # of one dim, as each sum is over all elements
+        raise InputError(f"{name} holds NaN or infinity, or values too large for the {p}-th power; it has no norm")
+    return sums
 
 
 def _power(x: torch.Tensor, p: float) -> torch.Tensor:

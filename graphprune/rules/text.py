@@ -328,7 +328,7 @@ class _Match:
             axis = self.found[(letter, 0)]
             if call[argument] is None:
                 call.fix(argument, value(axis.size), axis)
-        call.ties.extend(tuple(places) for places in self.places.values() if len(places) > 1)
+        call.ties.extend(tuple(p) for key, p in self.places.items() if len(p) > 1 and self.found[key].size > 1)
         written = {key for keyed in self.written for keys in keyed for key in keys}
         pinned = {n.letter for n in names if n.mark == "!"}
         for key, axis in self.found.items():

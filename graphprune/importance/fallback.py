@@ -1,0 +1,45 @@
+"""What is done about groups that a criterion has nothing to say about: another one's scores, if the caller named it."""
+
+from __future__ import annotations
+
+import reprlib
+
+from torch import nn
+
+from graphprune.coupling import Coupling
+from graphprune.errors import CriterionError
+from graphprune.importance.protocol import Importance, Scores
+
+
+def complete(scores: Scores, model: nn.Module, coupling: Coupling, otherwise: Importance | None, why: str) -> Scores:
+    """`scores`, and those of `otherwise` for the groups that are missing among them.
+
+    The scores of `otherwise` are taken as they are: they have the scale of another criterion, and compare with the rest
+    inside a group only. A group that neither scores is left out, so that it stays whole.
+
+    Args:
+        scores: of the groups that the criterion has something to say about.
+        model: whose weights `otherwise` reads.
+        coupling: whose groups are meant.
+        otherwise: the criterion for the others; None if there is none.
+        why: the criterion and what it lacks, such as "Gamma reads scales of norms, and none belongs to".
+    Raises:
+        CriterionError: groups are missing and `otherwise` is None; the message names the groups.
+    """
+    missing = [group.name for group in coupling.groups if group.name not in scores]
+    if not missing:
+        return scores
+    if otherwise is None:
+        raise CriterionError(
+            f"{why} {len(missing)} of {len(coupling.groups)} groups: {listed(missing)}; name a criterion for them, "
+            "such as otherwise=graphprune.importance.Magnitude()"
+        )
+    others = otherwise(model, coupling)
+    return {**scores, **{name: others[name] for name in missing if name in others}}
+
+
+def listed(names: list[str]) -> str:
+    """The first few of some names."""
+    short = reprlib.Repr()
+    short.maxlist, short.maxstring = 6, 120
+    return short.repr(names)[1:-1]
