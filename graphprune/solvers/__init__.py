@@ -1,7 +1,7 @@
 import torch
 from dataclasses import dataclass
 from typing import Any
-def ranks(maps: torch.Tensor, tolerance: Any=None)->torch.Tensor: return torch.linalg.matrix_rank(maps)
+from graphprune.solvers.rank import ranks
 @dataclass
 class Fit:
     matrix: torch.Tensor; offset: torch.Tensor|None; ridge: float
