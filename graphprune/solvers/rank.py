@@ -46,15 +46,14 @@ def ranks(maps: torch.Tensor, tolerance: float | None = None) -> torch.Tensor:
     maps = maps.detach()
     maps = maps if maps.dtype == torch.float64 else maps.float()
     short, long = sorted(maps.shape[1:])
-    wide = maps if maps.shape[1] == short else maps.mT
     tolerance = long * torch.finfo(maps.dtype).eps if tolerance is None else tolerance
     size = max(1, _CHUNK // short**2)
-    counts = [_ranks(wide[i : i + size], tolerance, i) for i in range(0, len(maps), size)]
+    counts = [_ranks(maps[i : i + size], tolerance, i) for i in range(0, len(maps), size)]
     return torch.cat(counts) if counts else torch.zeros(0, dtype=torch.int64, device=maps.device)
 
 
 def _ranks(maps: torch.Tensor, tolerance: float, first: int) -> torch.Tensor:
-    """The ranks of one chunk of maps (N, short, long), whose first one is number `first`.
+    """The ranks of one chunk of maps (N, H, W), whose first one is number `first`.
 
     Raises:
         CalibrationError: a map holds NaN or an infinity.
@@ -63,7 +62,7 @@ def _ranks(maps: torch.Tensor, tolerance: float, first: int) -> torch.Tensor:
     if not norms.isfinite().all() and len(bad := (~maps.isfinite().flatten(1).all(1)).nonzero()):
         name = f"map {first + int(bad[0])}" + (f" and {len(bad) - 1} more" if len(bad) > 1 else "")
         raise CalibrationError(f"ranks: NaN or infinities in {name}; look for the layer or the input that makes them")
-    if maps.shape[1] <= _DIRECT:
+    if min(maps.shape[1:]) <= _DIRECT:
         return _matrix_rank(maps, tolerance)
     # The fourth powers of these norms stay in range; subnormal numbers are rounded more coarsely than allowed for.
     low, high = _RANGE[maps.dtype]
@@ -77,10 +76,11 @@ def _ranks(maps: torch.Tensor, tolerance: float, first: int) -> torch.Tensor:
 
 
 def _count(maps: torch.Tensor, tolerance: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ranks of maps (N, short, long), and which of them are certain.
+    """The ranks of maps (N, H, W), and which of them are certain.
 
     Elimination without pivoting first, over the rows that are not zero: it succeeds where they are independent.
     """
+    maps = maps if maps.shape[1] <= maps.shape[2] else maps.mT
     gram = _gram(maps.double())
     diagonal = gram.diagonal(dim1=1, dim2=2)
     squares = diagonal.clone()
