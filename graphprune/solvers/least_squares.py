@@ -24,16 +24,16 @@ def floor_of(second: torch.Tensor) -> float:
 
 @dataclass(frozen=True)
 class Fit:
-    """Removed channels from kept ones: x_P is close to `coefficients` x_K + `intercept`.
+    """Removed channels from kept ones: x_P is close to `matrix` x_K + `offset`.
 
     Attributes:
-        coefficients: (..., P, K) float64.
-        intercept: (..., P) float64; zero where no means were given.
+        matrix: B, (..., P, K) float64.
+        offset: (..., P) float64; None where no means were given, and the fit goes through the origin.
         ridge: what was added to the diagonal, relative to its mean over K; the same for all conv groups.
     """
 
-    coefficients: torch.Tensor
-    intercept: torch.Tensor
+    matrix: torch.Tensor
+    offset: torch.Tensor | None
     ridge: float
 
 
@@ -51,7 +51,7 @@ def coefficients(
         second: E[x x'], (I, I), or (G, I, I) with one matrix per conv group; unfolded, I = channels * taps.
         kept: positions K among I, (K,), or (G, K) where the groups differ.
         removed: positions P among I, likewise.
-        mean: E[x], (I,) or (G, I); given, the fit has an intercept and works on the covariance.
+        mean: E[x], (I,) or (G, I); given, the fit has an offset and works on the covariance.
         ridge: at least this times the mean of the diagonal is added to it; more where the kept channels are linearly
             dependent, as dead channels are, or any with fewer samples than channels.
 
@@ -62,7 +62,7 @@ def coefficients(
     Example:
         >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 1.0]], dtype=torch.float64) @ torch.eye(2, 3).double()
         >>> x[:, 2] = x[:, 0] - 2 * x[:, 1]
-        >>> coefficients(x.T @ x / 3, torch.tensor([0, 1]), torch.tensor([2])).coefficients.round(decimals=6).tolist()
+        >>> coefficients(x.T @ x / 3, torch.tensor([0, 1]), torch.tensor([2])).matrix.round(decimals=6).tolist()
         [[1.0, -2.0]]
     """
     floor = floor_of(second)
@@ -77,7 +77,7 @@ def coefficients(
     factor, ridge = factorise(gram, ridge, floor)
     fitted = torch.cholesky_solve(cross, factor).mT
     if mean is None:
-        return Fit(fitted, fitted.new_zeros(fitted.shape[:-1]), ridge)
+        return Fit(fitted, None, ridge)
     shift = (fitted @ mean.gather(-1, to_kept)[..., None])[..., 0]
     return Fit(fitted, mean.gather(-1, to_removed) - shift, ridge)
 

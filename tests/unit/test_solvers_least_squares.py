@@ -31,10 +31,10 @@ def test_uncentred_fit_is_lstsq_on_the_data(channels, seed, draw):
     fit = coefficients(x.T @ x / len(x), kept, removed)
     expected = torch.linalg.lstsq(x[:, kept], x[:, removed], driver="gelsd").solution.T
     residual = lambda b: (x[:, removed] - x[:, kept] @ b.T).square().sum()  # noqa: E731
-    assert residual(fit.coefficients) <= residual(expected) * (1 + 1e-6) + 1e-8 * x[:, removed].square().sum()
-    assert not fit.intercept.any()
+    assert residual(fit.matrix) <= residual(expected) * (1 + 1e-6) + 1e-8 * x[:, removed].square().sum()
+    assert fit.offset is None
     if fit.ridge == 0:
-        torch.testing.assert_close(fit.coefficients, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(fit.matrix, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_centred_fit_is_lstsq_with_a_column_of_ones():
@@ -44,8 +44,8 @@ def test_centred_fit_is_lstsq_with_a_column_of_ones():
     ones = torch.cat([x[:, kept], torch.ones(200, 1, dtype=x.dtype)], 1)
     expected = torch.linalg.lstsq(ones, x[:, removed]).solution.T
     assert fit.ridge == 0
-    torch.testing.assert_close(fit.coefficients, expected[:, :-1])
-    torch.testing.assert_close(fit.intercept, expected[:, -1])
+    torch.testing.assert_close(fit.matrix, expected[:, :-1])
+    torch.testing.assert_close(fit.offset, expected[:, -1])
 
 
 def test_a_layer_refitted_keeps_its_output_where_the_removed_are_combinations():
@@ -54,8 +54,8 @@ def test_a_layer_refitted_keeps_its_output_where_the_removed_are_combinations():
     weight, bias = torch.randn(3, 5, dtype=x.dtype), torch.randn(3, dtype=x.dtype)
     kept, removed = positions(0, 1, 2, 4), positions(3)
     fit = coefficients(x.T @ x / 300, kept, removed, mean=x.mean(0))
-    refitted = weight[:, kept] + weight[:, removed] @ fit.coefficients
-    shifted = bias + weight[:, removed] @ fit.intercept
+    refitted = weight[:, kept] + weight[:, removed] @ fit.matrix
+    shifted = bias + weight[:, removed] @ fit.offset
     torch.testing.assert_close(x[:, kept] @ refitted.T + shifted, x @ weight.T + bias)
 
 
@@ -69,11 +69,11 @@ def test_every_conv_group_is_fitted_by_itself():
     own = coefficients(second, kept, removed, mean=mean)
     for i in range(3):
         alone = coefficients(second[i], positions(0, 3), positions(1, 2, 4), mean=mean[i])
-        torch.testing.assert_close(same.coefficients[i], alone.coefficients)
-        torch.testing.assert_close(same.intercept[i], alone.intercept)
+        torch.testing.assert_close(same.matrix[i], alone.matrix)
+        torch.testing.assert_close(same.offset[i], alone.offset)
         alone = coefficients(second[i], kept[i], removed[i], mean=mean[i])
-        torch.testing.assert_close(own.coefficients[i], alone.coefficients)
-        torch.testing.assert_close(own.intercept[i], alone.intercept)
+        torch.testing.assert_close(own.matrix[i], alone.matrix)
+        torch.testing.assert_close(own.offset[i], alone.offset)
 
 
 @pytest.mark.parametrize("centred", [False, True])
@@ -83,9 +83,9 @@ def test_fewer_samples_than_channels_get_a_ridge_that_is_told(centred):
     mean = x.mean(0) if centred else None
     fit = coefficients(x.T @ x / 6, kept, removed, mean=mean)
     assert 0 < fit.ridge < 1e-6
-    assert fit.coefficients.abs().max() < 10
+    assert fit.matrix.abs().max() < 10
     # The kept channels span the samples, so that the removed ones follow from them but for the ridge.
-    error = x[:, kept] @ fit.coefficients.T + fit.intercept - x[:, removed]
+    error = x[:, kept] @ fit.matrix.T + (fit.offset if centred else 0) - x[:, removed]
     assert error.norm() < 1e-5 * x[:, removed].norm()
 
 
@@ -97,23 +97,23 @@ def test_dead_channels_take_no_part():
     without = coefficients(x.T @ x / 80, positions(0, 2), removed)
     assert fit.ridge > 0
     assert without.ridge == 0
-    assert not fit.coefficients[:, 1].any()
-    assert not fit.coefficients[1].any()
-    torch.testing.assert_close(fit.coefficients[:, [0, 2]], without.coefficients, rtol=1e-6, atol=1e-8)
+    assert not fit.matrix[:, 1].any()
+    assert not fit.matrix[1].any()
+    torch.testing.assert_close(fit.matrix[:, [0, 2]], without.matrix, rtol=1e-6, atol=1e-8)
 
 
 def test_all_dead_is_a_fit_of_zeros():
     fit = coefficients(torch.zeros(4, 4), positions(0, 1), positions(2, 3), mean=torch.zeros(4))
-    assert fit.coefficients.tolist() == [[0, 0], [0, 0]]
-    assert fit.intercept.tolist() == [0, 0]
+    assert fit.matrix.tolist() == [[0, 0], [0, 0]]
+    assert fit.offset.tolist() == [0, 0]
 
 
 def test_nothing_kept_leaves_the_mean():
     x = data(50, 3)
     fit = coefficients(x.T @ x / 50, positions(), positions(0, 1, 2), mean=x.mean(0))
-    assert fit.coefficients.shape == (3, 0)
-    torch.testing.assert_close(fit.intercept, x.mean(0))
-    assert coefficients(x.T @ x / 50, positions(0, 2), positions()).coefficients.shape == (0, 2)
+    assert fit.matrix.shape == (3, 0)
+    torch.testing.assert_close(fit.offset, x.mean(0))
+    assert coefficients(x.T @ x / 50, positions(0, 2), positions()).matrix.shape == (0, 2)
 
 
 def test_moments_in_float32_are_not_trusted_below_their_rounding():
@@ -123,7 +123,7 @@ def test_moments_in_float32_are_not_trusted_below_their_rounding():
     exact = coefficients((x.double().T @ x.double() / 40), torch.arange(20), torch.arange(20, 30))
     assert fit.ridge >= 1e-6 > exact.ridge
     removed = x[:, 20:].double()
-    errors = [(x[:, :20].double() @ f.coefficients.T - removed).norm() / removed.norm() for f in (fit, exact)]
+    errors = [(x[:, :20].double() @ f.matrix.T - removed).norm() / removed.norm() for f in (fit, exact)]
     assert errors[0] < errors[1] * 1.05 + 1e-3
 
 
@@ -133,7 +133,7 @@ def test_the_ridge_asked_for_is_the_one_added():
     fit = coefficients(second, kept, removed, ridge=0.1)
     gram = second[:3, :3] + 0.1 * second[:3, :3].diagonal().mean() * torch.eye(3, dtype=torch.float64)
     assert fit.ridge == 0.1
-    torch.testing.assert_close(fit.coefficients, second[3:, :3] @ torch.linalg.inv(gram))
+    torch.testing.assert_close(fit.matrix, second[3:, :3] @ torch.linalg.inv(gram))
 
 
 def test_the_factor_is_that_of_the_matrix_and_the_ridge():
