@@ -1,15 +1,19 @@
-import torch
-from dataclasses import dataclass
-from typing import Any
-def ranks(maps: torch.Tensor, tolerance: Any=None)->torch.Tensor: return torch.linalg.matrix_rank(maps)
-@dataclass
-class Fit:
-    matrix: torch.Tensor; offset: torch.Tensor|None; ridge: float
-def coefficients(C: torch.Tensor, kept: torch.Tensor, removed: torch.Tensor, *, mean: torch.Tensor|None=None, ridge: float=1e-4)->Fit:
-    if mean is not None: C = C - mean[:,:,None]*mean[:,None,:]
-    K=C[:,kept][:,:,kept]; P=C[:,removed][:,:,kept]
-    r=ridge*K.diagonal(dim1=1,dim2=2).mean(1)
-    K=K+torch.diag_embed((r+1e-12)[:,None].expand(-1,K.shape[1]))
-    B=torch.linalg.solve(K,P.transpose(1,2)).transpose(1,2)
-    off=None if mean is None else mean[:,removed]-torch.einsum('gpk,gk->gp',B,mean[:,kept])
-    return Fit(B,off,ridge)
+"""Numerical cores that criteria and repair share: functions on tensors, which know nothing of models."""
+
+from graphprune.solvers.exchange import swap
+from graphprune.solvers.least_squares import Fit, coefficients
+from graphprune.solvers.quadratic import select, selections
+from graphprune.solvers.rank import ranks
+from graphprune.solvers.subset import Selection, forward_selection, greedy_removal
+
+__all__ = [
+    "Fit",
+    "Selection",
+    "coefficients",
+    "forward_selection",
+    "greedy_removal",
+    "ranks",
+    "select",
+    "selections",
+    "swap",
+]
