@@ -2,6 +2,7 @@
 
 from graphprune import importance
 from graphprune.allocate import Target, allocate
+from graphprune.calibrate import Calibration, calibrate
 from graphprune.couple import couple
 from graphprune.coupling import Coupling, Group
 from graphprune.errors import (
@@ -21,6 +22,7 @@ from graphprune.errors import (
 from graphprune.plan import Plan
 from graphprune.program import Program
 from graphprune.pruning import Result, prune
+from graphprune.recover import Repair, repair
 from graphprune.report import Report
 from graphprune.rewrite import rewrite
 from graphprune.rules import RULES, op
@@ -31,6 +33,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "RULES",
+    "Calibration",
     "CalibrationError",
     "Coupling",
     "CriterionError",
@@ -41,6 +44,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "Program",
+    "Repair",
     "Report",
     "Result",
     "RewriteError",
@@ -53,10 +57,12 @@ __all__ = [
     "Verification",
     "VerificationError",
     "allocate",
+    "calibrate",
     "couple",
     "importance",
     "op",
     "prune",
+    "repair",
     "rewrite",
     "trace",
     "verify",

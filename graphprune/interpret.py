@@ -49,8 +49,12 @@ def evaluate(
     *,
     watch: Watch | None = None,
     stand_in: StandIn | None = None,
+    in_place: bool = False,
 ) -> list[Any]:
-    """As `interpret`, with gradients as set outside; returns every leaf of the output, tensor or not."""
+    """As `interpret`, with gradients as set outside; returns every leaf of the output, tensor or not.
+
+    With `in_place` the run may write to the buffers in `state`.
+    """
     exported = program.source
     given = iter(inputs.map(torch.clone).tensors())
     operands: list[Any] = []
@@ -60,7 +64,7 @@ def evaluate(
             operands.append(getattr(spec.arg, "value", None) if constant else next(given))
         else:
             held = state[spec.target] if spec.target in state else exported.constants[spec.target]
-            operands.append(held if spec.kind.name == "PARAMETER" else _apart(held))
+            operands.append(held if in_place or spec.kind.name == "PARAMETER" else _apart(held))
     nodes = {node.name: node for node in program.nodes}
     return list(_Runner(exported.graph_module, nodes, "", watch, stand_in).run(*operands))
 
@@ -135,7 +139,7 @@ class Replay:
         if program.source is None:
             return play(program, self.model, inputs, stand_in)
         state = dict(self.model.named_parameters(remove_duplicate=False)) | dict(self.model.named_buffers())
-        leaves = evaluate(program, state, inputs, stand_in=stand_in)
+        leaves = evaluate(program, state, inputs, stand_in=stand_in, in_place=True)
         return pytree.tree_unflatten(leaves, program.source.call_spec.out_spec)
 
 

@@ -9,11 +9,14 @@ from typing import Any, Literal
 from torch import nn
 
 from graphprune.allocate import Target, allocate
+from graphprune.calibrate import Calibration, Loss
 from graphprune.couple import couple
 from graphprune.coupling import Coupling
 from graphprune.errors import InputError, PlanError, VerificationError
 from graphprune.importance import Importance, Magnitude
 from graphprune.plan import Plan
+from graphprune.recover import Method
+from graphprune.recover import repair as repair_weights
 from graphprune.report import Report, report
 from graphprune.rewrite import Emit, Rewritten, rewrite
 from graphprune.trace import Inputs, trace
@@ -48,8 +51,12 @@ def prune(
     verify: bool = True,
     keep_names: Iterable[str] = (),
     on_unknown: Literal["pin", "error"] = "pin",
+    repair: Method = "none",
+    batchnorm: bool = False,
+    batches: Iterable[Any] | None = None,
+    loss: Loss | None = None,
 ) -> Result:
-    """A smaller copy of `model`, proved equal to it with the removed channels zeroed.
+    """A smaller copy of `model`, proved equal to it with the removed channels zeroed; and repaired, if wanted.
 
     Args:
         model: any module; it is not modified.
@@ -63,8 +70,13 @@ def prune(
         verify: compare the result with the zeroed original.
         keep_names: parameters, buffers or modules whose widths must stay.
         on_unknown: "pin" what an op without a rule touches, or raise an "error" that lists them all.
+        repair: what is done, after the proof, about what the removed channels did: "least_squares" refits the weights
+            that are left, "bias" gives back means, "none" leaves the weights as they are. See `graphprune.repair`.
+        batchnorm: take the statistics of batch norms anew, where that helps.
+        batches, loss: what to repair with, as for `graphprune.calibrate`; by default those of `importance`.
     Raises:
-        InputError, TraceError: the model cannot be traced with these inputs.
+        InputError, TraceError: the model cannot be traced with these inputs, or there are no batches to repair with.
+        CalibrationError, CriterionError: the batches cannot be used, or the importance says nothing about a group.
         UnknownName, UnsupportedOp, TargetError: an argument cannot be honoured.
         PlanError: the model has no channels that may be removed.
         RewriteError, VerificationError: no smaller module computes what it must.
@@ -80,12 +92,32 @@ def prune(
         )
     """
     _check(target, importance)
+    data = _data(importance, batches, loss) if repair != "none" or batchnorm else None
     inputs = Inputs.of(example_inputs)
     coupling = couple(trace(model, inputs), norms=norms, on_unknown=on_unknown, keep_names=keep_names)
     require_groups(coupling)
     plan = allocate(importance(model, coupling), target, coupling)
     rewritten, verification = emit_verified(model, inputs, coupling, plan, emit=emit, verify=verify)
-    return Result(rewritten.model, plan, coupling, report(coupling, plan, target, rewritten, verification))
+    repaired = data and repair_weights(
+        model, rewritten.model, coupling, plan, data[0], method=repair, batchnorm=batchnorm, loss=data[1]
+    )
+    return Result(rewritten.model, plan, coupling, report(coupling, plan, target, rewritten, verification, repaired))
+
+
+def _data(
+    importance: Importance, batches: Iterable[Any] | None, loss: Loss | None
+) -> tuple[Iterable[Any], Loss | None]:
+    """What to repair with.
+
+    Raises:
+        InputError: there are no batches, or they can be gone through only once.
+    """
+    batches = getattr(importance, "batches", None) if batches is None else batches
+    if batches is None or isinstance(batches, Calibration):
+        raise InputError("repair and batchnorm need batches: pass prune(..., batches=...), a list or a DataLoader")
+    if iter(batches) is batches:
+        raise InputError("the batches are an iterator, which is used up after one pass; pass a list or a DataLoader")
+    return batches, getattr(importance, "loss", None) if loss is None else loss
 
 
 def _check(target: object, importance: object) -> None:

@@ -6,7 +6,7 @@ channels of a group end, at the inputs of the layers that consume them, the pass
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -52,6 +52,8 @@ class Calibration:
     """What one pass collected; what was not asked for is empty.
 
     Attributes:
+        statistics: what was collected.
+        sizes: channels per group.
         samples: how many samples were seen.
         loss: mean loss per sample; None without a loss.
         gradients: per group.
@@ -60,6 +62,8 @@ class Calibration:
         moments: per fully qualified name of the weight of a consumer.
     """
 
+    statistics: frozenset[Statistic]
+    sizes: Mapping[str, int] = field(repr=False)
     samples: int
     loss: float | None
     gradients: dict[str, Gradients] = field(repr=False)
@@ -115,7 +119,7 @@ def calibrate(
     with _frozen(model):
         for batch in tqdm(given, desc="calibrating", unit="batch", disable=_hidden(progress)):
             work.run(batch)
-    return _reduced(work, sums)
+    return _reduced(work, sums, coupling, statistics)
 
 
 def _hidden(progress: bool | None) -> bool | None:
@@ -151,7 +155,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _reduced(work: Pass, sums: Sums) -> Calibration:
+def _reduced(work: Pass, sums: Sums, coupling: Coupling, statistics: Collection[Statistic]) -> Calibration:
     """The sums of all processes."""
     counted = torch.tensor([work.samples, work.loss], dtype=torch.float64)
     if dist.is_available() and dist.is_initialized():
@@ -162,6 +166,8 @@ def _reduced(work: Pass, sums: Sums) -> Calibration:
             tensor.copy_(moved)
     samples = int(counted[0])
     return Calibration(
+        statistics=frozenset(statistics),
+        sizes={g.name: g.size for g in coupling.groups},
         samples=samples,
         loss=float(counted[1]) / samples if sums.gradients else None,
         gradients=dict(sums.gradients),

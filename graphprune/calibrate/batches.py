@@ -146,5 +146,3 @@ def _rows(tree: Any, dim: int, samples: int, part: slice) -> Any:
 
     register(tree)
     return pytree.tree_map_only(torch.Tensor, rows, tree)
-
-

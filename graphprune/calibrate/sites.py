@@ -89,7 +89,7 @@ class Reader:
         if self.matrix is None or self.spread or sum(self.samples) > 1:
             return None
         d, order, inner = self.matrix
-        x = tensor.index_select(d, order.to(tensor.device)).unflatten(d, (self.shape[1], *inner))
+        x = tensor.index_select(d, order.to(tensor.device)).unflatten(d, (self.shape[1], *inner))  # type: ignore[no-untyped-call]
         x = x.movedim(d, 0)
         if any(self.samples):
             row = self.samples.index(True)

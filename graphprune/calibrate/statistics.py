@@ -218,7 +218,7 @@ class Moments(Statistic):
 
 
 def columns(
-    consumer: Consumer, x: torch.Tensor, kernel: tuple[int, ...], taps: int, samples: int = 0
+    consumer: Consumer, x: torch.Tensor, kernel: tuple[int, ...], taps: int, *, samples: int = 0, most: int = 0
 ) -> Iterator[torch.Tensor]:
     """What a layer multiplies with its weight, (groups, rows, columns), a piece at a time.
 
@@ -227,33 +227,40 @@ def columns(
         x: its input.
         kernel: size of its kernel.
         taps: columns per channel: the size of the kernel, or 1 for the channels alone.
-        samples: how many samples a piece of a convolution's input has; by default as many as `CHUNK` allows.
+        samples: how many samples a piece has; by default as many as `CHUNK` allows.
+        most: how many positions of a sample to use, evenly spaced; by default all of them.
     """
     x = x.detach() if x.dtype == torch.float64 else x.detach().float()
-    groups = consumer.groups
     if not consumer.node.op.startswith("conv"):
-        yield x.reshape(1, -1, x.shape[-1])
-        return
-    x = x if x.dim() == len(kernel) + 2 else x[None]
-    samples = samples or max(1, CHUNK // max(1, x[0].numel() * taps))
-    if taps < math.prod(kernel):
-        for piece in x.split(samples):
-            split = piece.reshape(len(piece), groups, -1, math.prod(x.shape[2:]))
-            yield split.permute(1, 0, 3, 2).reshape(groups, -1, split.shape[2])
-        return
+        x = x.reshape(len(x), -1, x.shape[-1]).mT if x.dim() > 2 else x.reshape(-1, x.shape[-1], 1)
+    elif x.dim() == len(kernel) + 1:
+        x = x[None]
+    for piece in torch.split(x, samples or max(1, CHUNK // max(1, x[0].numel() * taps))):
+        unfold = taps > 1 or (math.prod(kernel) == 1 and _skips(consumer))
+        positions = _unfolded(consumer, piece, kernel) if unfold else piece.flatten(2)
+        step = math.ceil(positions.shape[2] / most) if most else 1
+        split = positions[:, :, ::step].unflatten(1, (consumer.groups, -1))  # type: ignore[no-untyped-call]
+        yield split.permute(1, 0, 3, 2).flatten(1, 2)
+
+
+def _skips(consumer: Consumer) -> bool:
+    """Whether a convolution with one tap does not read every position once."""
+    given = consumer.node.arguments
+    return consumer.node.op.startswith("conv") and any(
+        n != usual for name, usual in (("stride", 1), ("padding", 0)) for n in _sides(given[name], 1)
+    )
+
+
+def _unfolded(consumer: Consumer, x: torch.Tensor, kernel: tuple[int, ...]) -> torch.Tensor:
+    """The input of a convolution by tap, (samples, channels * taps, positions)."""
     given = consumer.node.arguments
     stride, dilation, padding = (_sides(given[name], len(kernel)) for name in ("stride", "dilation", "padding"))
-    if len(kernel) == 1:
-        x, kernel, stride, dilation = x[:, :, None], (1, *kernel), (1, *stride), (1, *dilation)
-        padding = padding if isinstance(padding, str) else (0, *padding)
     if isinstance(padding, str):
-        added = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
-        x = F.pad(x, [n for a in reversed(added) for n in (a // 2, a - a // 2)])
-        padding = (0, 0)
-    for piece in x.split(samples):
-        unfolded = F.unfold(piece, kernel, dilation, padding, stride)
-        split = unfolded.view(len(piece), groups, -1, unfolded.shape[-1])
-        yield split.permute(1, 0, 3, 2).reshape(groups, -1, split.shape[2])
+        both = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
+        x, padding = F.pad(x, [n for p in reversed(both) for n in (p // 2, p - p // 2)]), (0,) * len(kernel)
+    if len(kernel) == 1:
+        return F.unfold(x[:, :, None], (1, *kernel), (1, *dilation), (0, *padding), (1, *stride))
+    return F.unfold(x, kernel, dilation, padding, stride)
 
 
 def _sides(given: Any, rank: int) -> Any:

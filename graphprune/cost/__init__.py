@@ -56,6 +56,12 @@ def params(coupling: Coupling) -> Cost:
     return Cost("params", products, coupling.axes, coupling.atoms)
 
 
+def activations(coupling: Coupling) -> Cost:
+    """Elements of the outputs of everything that multiplies and adds, at the example inputs."""
+    products = tuple(dims for applied in coupling.applied.values() if applied.macs for dims in applied.outputs)
+    return Cost("activations", products, coupling.axes, coupling.atoms)
+
+
 COSTS: Mapping[str, Callable[[Coupling], Cost]] = {"macs": macs, "params": params}
 """Cost models by the name a `Target` uses."""
 

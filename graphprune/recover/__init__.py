@@ -1,21 +1,26 @@
-"""Repair without training: what the removed channels did is put into the weights that are left."""
+"""Repair without training: what the removed channels did is put into the weights that are left.
+
+`consumers` repairs each layer from moments of the original, `sequential` one after the other from what the repaired
+layers before it give, `batchnorm` takes statistics anew, `quality` measures.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
 
-from graphprune.calibrate import Batch, Calibration, Criterion, Loss, calibrate, read
+from graphprune.calibrate import Batch, Criterion, Loss, calibrate, read
 from graphprune.coupling import Coupling
 from graphprune.errors import InputError
 from graphprune.plan import Plan, sliced
 from graphprune.recover.batchnorm import reestimated
 from graphprune.recover.consumers import changed
 from graphprune.recover.quality import Quality, qualities
+from graphprune.recover.sequential import merged, refit
 from graphprune.rewrite.state import held
 
 __all__ = ["METHODS", "Method", "Quality", "Repair", "repair"]
@@ -31,18 +36,20 @@ class Repair:
     Attributes:
         method: "none", "bias" or "least_squares".
         original, pruned, repaired: the model before pruning, after it, and in the end.
+        samples: how many samples weights were fitted on.
+        ridges: per fitted weight, what was added to the diagonal of its second moments, relative to their mean.
+        left: weights of layers that lost inputs and could not be repaired, with the reason.
         batchnorm: whether statistics of batch norms were taken anew; they are where that helps.
-        ridges: per weight, what least squares added to the diagonal, relative to the mean of the diagonal.
-        left: consumers that lost inputs and could not be repaired, with the reason.
     """
 
     method: Method
     original: Quality
     pruned: Quality
     repaired: Quality
-    batchnorm: bool
+    samples: int
     ridges: Mapping[str, float]
     left: Mapping[str, str]
+    batchnorm: bool
 
 
 def repair(
@@ -53,9 +60,9 @@ def repair(
     batches: Iterable[Any],
     *,
     method: Method = "least_squares",
+    sequential: bool = True,
     batchnorm: bool = True,
     loss: Loss | None = None,
-    calibration: Calibration | None = None,
     sample_dim: int = 0,
     progress: bool | None = None,
 ) -> Repair:
@@ -66,12 +73,14 @@ def repair(
         small: what `rewrite` made of it.
         coupling, plan: what was removed.
         batches: as for `calibrate`; they are gone through several times, so a generator will not do.
-        method: "least_squares" refits every layer that lost inputs, "bias" gives it back the mean of what it lost,
-            "none" changes no weights.
+        method: "least_squares" refits layers to the outputs of the original's, "bias" gives each layer that lost inputs
+            the mean of what it lost, "none" changes no weights.
+        sequential: least squares fits every layer to what the repaired layers before it give, in one pass over as many
+            samples as fit into memory; otherwise only those that lost inputs, each from second moments of what the
+            original's reads, over all samples.
         batchnorm: take the statistics of batch norms anew, and keep them if loss (or, without one, output) is nearer to
             the original's.
         loss: as for `calibrate`, for the figures.
-        calibration: moments of the original that are at hand; collected otherwise.
         sample_dim, progress: as for `calibrate`.
     Raises:
         InputError: an unknown method, or batches that can be gone through only once.
@@ -82,36 +91,42 @@ def repair(
     if iter(batches) is batches:
         raise InputError("the batches are an iterator, which is used up after one pass; pass a list or a DataLoader")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    given = [len(coupling.program.inputs), device]
     criterion = None if loss is None else Criterion(loss, sample_dim)
 
-    def each() -> Iterable[Batch]:
-        return read(batches, *given)
+    def each() -> Iterator[Batch]:
+        return read(batches, len(coupling.program.inputs), device)
 
-    original, pruned = qualities([model, small], each(), criterion, sample_dim)
+    def measured() -> list[Quality]:
+        return qualities(model, small, each(), criterion, sample_dim)
+
+    original, pruned = measured()
+    repaired, samples = pruned, 0
     ridges: Mapping[str, float] = {}
     left: Mapping[str, str] = {}
+    if method == "least_squares" and sequential:
+        inputs, samples = merged(model, each(), sample_dim)
+        fitted = refit(model, small, coupling, plan, inputs)
+        _write(small, fitted.state)
+        ridges, left = fitted.ridges, fitted.left
+    elif method != "none":
+        statistic: Any = "moments" if method == "least_squares" else "means"
+        found = calibrate(model, coupling, batches, statistics=[statistic], sample_dim=sample_dim, progress=progress)
+        change = changed(model, coupling, plan, found.moments, means_only=method == "bias")
+        _write(small, {name: sliced(tensor, plan.kept.get(name, {})) for name, tensor in change.state.items()})
+        ridges, left, samples = change.ridges, change.left, found.samples
     if method != "none":
-        need = "moments" if method == "least_squares" else "means"
-        if calibration is None or not calibration.moments:
-            calibration = calibrate(
-                model, coupling, batches, statistics=[need], sample_dim=sample_dim, progress=progress
-            )
-        found = changed(model, coupling, plan, calibration.moments, means_only=method == "bias")
-        _write(small, {n: sliced(t, plan.kept.get(n, {})) for n, t in found.state.items()})
-        ridges, left = found.ridges, found.left
-    (repaired,) = qualities([model, small], each(), criterion, sample_dim)[1:] if method != "none" else [pruned]
+        repaired = measured()[1]
     statistics = reestimated(small, each()) if batchnorm else {}
     if statistics:
         before = {name: tensor.clone() for name, tensor in held(small) if name in statistics}
         _write(small, statistics)
-        (again,) = qualities([model, small], each(), criterion, sample_dim)[1:]
+        again = measured()[1]
         if again.better_than(repaired):
             repaired = again
         else:
             _write(small, before)
             statistics = {}
-    return Repair(method, original, pruned, repaired, bool(statistics), ridges, left)
+    return Repair(method, original, pruned, repaired, samples, ridges, left, bool(statistics))
 
 
 def _write(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:

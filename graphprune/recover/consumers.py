@@ -1,8 +1,8 @@
 """What a pruned layer loses, made good in the weights that are left: least squares, or the mean alone.
 
 A consumer computes W x. Where channels P of x go, W_P x_P is missing; what of it can be told from the channels K that
-stay is W_P (B x_K + m), with B = C_PK (C_KK + ridge)^-1 and m = mean_P - B mean_K from the moments of x. So W_K grows by
-W_P B and the bias by W_P m. (He et al., Channel Pruning for Accelerating Very Deep Neural Networks, ICCV 2017; ThiNet.)
+stay is W_P (B x_K + m), with B = C_PK (C_KK + ridge)^-1 and m = mean_P - B mean_K from the moments of x. So W_K grows
+by W_P B and the bias by W_P m (He et al., Channel Pruning for Accelerating Very Deep Neural Networks, ICCV 2017).
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from torch import nn
 from graphprune.calibrate import Moments, consumers
 from graphprune.coupling import Coupling
 from graphprune.plan import Plan
-from graphprune.program import Value
+from graphprune.recover.shifts import shifts
 from graphprune.rewrite.state import held
 from graphprune.solvers import coefficients
+
+RIDGE = 1e-4
+"""Added to the diagonal of second moments, at least, relative to its mean."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ def changed(
         means_only: change biases alone.
     """
     tensors = dict(held(model))
-    shifts = _shifts(coupling)
+    moved = shifts(coupling.program)
     state: dict[str, torch.Tensor] = {}
     ridges: dict[str, float] = {}
     left: dict[str, str] = {}
@@ -62,7 +65,7 @@ def changed(
         if known is None or not known.count:
             left[consumer.weight] = "no batch reached it"
             continue
-        shift = shifts.get(consumer.weight)
+        shift = moved.get(consumer.weight)
         if means_only and shift is None:
             left[consumer.weight] = "it has no bias and no batch norm behind it to take the mean"
             continue
@@ -72,8 +75,7 @@ def changed(
             state[consumer.weight] = columns.weight()
             ridges[consumer.weight] = columns.ridge
         if shift is not None:
-            name, sign = shift
-            state[name] = state.get(name, tensors[name].detach().double()) + sign * delta
+            state[shift.name] = tensors[shift.name].detach().double().cpu() + shift.sign * delta
     return Change({n: t.to(tensors[n]) for n, t in state.items()}, ridges, left)
 
 
@@ -98,56 +100,21 @@ class _Columns:
 
     def mean_alone(self) -> torch.Tensor:
         """What the output loses on average, (outputs,)."""
-        return self._output(self.moments.mean[:, self.removed])
+        return self._times(self.moments.mean[:, self.removed])
 
     def least_squares(self, *, centred: bool) -> torch.Tensor:
         """Refit the kept columns; returns what is left for the bias, (outputs,)."""
-        fit = coefficients(
-            self.moments.second, self.kept, self.removed, mean=self.moments.mean if centred else None
-        )
+        mean = self.moments.mean if centred else None
+        fit = coefficients(self.moments.second, self.kept, self.removed, mean=mean, ridge=RIDGE)
         self.ridge = fit.ridge
-        removed = self.w[:, :, self.removed]
-        self.w[:, :, self.kept] += torch.einsum("gopt,gpk->gokt", removed, fit.matrix)
-        return self._output(fit.offset) if fit.offset is not None else removed.new_zeros(self.shape[0])
+        self.w[:, :, self.kept] += torch.einsum("gopt,gpk->gokt", self.w[:, :, self.removed], fit.matrix)
+        return self._times(torch.zeros(()).double().expand(fit.matrix.shape[:2]) if fit.offset is None else fit.offset)
 
-    def _output(self, held: torch.Tensor) -> torch.Tensor:
+    def _times(self, held: torch.Tensor) -> torch.Tensor:
+        """The weight of the removed columns times a value for each, (outputs,)."""
         return torch.einsum("gopt,gp->go", self.w[:, :, self.removed], held).reshape(-1)
 
     def weight(self) -> torch.Tensor:
         """The weight in its own shape."""
         w = self.w.reshape(self.shape)
         return w.T if self.transposed else w
-
-
-def _shifts(coupling: Coupling) -> dict[str, tuple[str, int]]:
-    """Per weight of a consumer, the tensor that can shift its output, and the sign: its bias, or the running mean of
-    the batch norm behind it.
-    """
-    readers: dict[Value, list[object]] = {}
-    for node in coupling.program.nodes:
-        for value in node.values():
-            readers.setdefault(value, []).append(node)
-    shown = set(coupling.program.outputs)
-    found: dict[str, tuple[str, int]] = {}
-    shared: set[str] = set()
-    for consumer in consumers(coupling):
-        if consumer.weight in found or consumer.weight in shared:  # a layer that is called twice
-            if found.get(consumer.weight, ("",))[0] != consumer.bias:
-                found.pop(consumer.weight, None)
-            shared.add(consumer.weight)
-            continue
-        shared.add(consumer.weight)
-        output = consumer.node.outputs[0]
-        after = readers.get(output, [])
-        if consumer.bias:
-            found[consumer.weight] = consumer.bias, 1
-        elif len(after) == 1 and output not in shown and (name := _running_mean(after[0])):
-            found[consumer.weight] = name, -1
-    return found
-
-
-def _running_mean(node: object) -> str:
-    op, arguments = getattr(node, "op", ""), getattr(node, "arguments", {})
-    mean = arguments.get("running_mean")
-    fits = op == "batch_norm" and not arguments.get("training") and isinstance(mean, Value) and mean.kind == "buffer"
-    return mean.target if fits and isinstance(mean, Value) else ""

@@ -35,22 +35,20 @@ class Quality:
 
 
 def qualities(
-    models: Sequence[nn.Module], batches: Iterable[Batch], criterion: Criterion | None, sample_dim: int = 0
+    model: nn.Module, small: nn.Module, batches: Iterable[Batch], criterion: Criterion | None, sample_dim: int
 ) -> list[Quality]:
-    """Of each model in eval mode, the first being the original."""
-    tallies = [_Tally() for _ in models]
+    """Of the original and of a smaller model, in eval mode."""
+    tallies = _Tally(), _Tally()
     for batch in batches:
+        samples = next((t.shape[sample_dim] for t in batch.inputs.tensors() if t.dim() > sample_dim), 1)
         want: list[torch.Tensor] = []
-        for model, tally in zip(models, tallies, strict=True):
-            with untouched(model), torch.no_grad():
-                output = batch.inputs.map(torch.clone).call(model)
+        for which, tally in zip((model, small), tallies, strict=True):
+            with untouched(which), torch.no_grad():
+                output = batch.inputs.map(torch.clone).call(which)
                 got = [t for t in output_tensors(output) if t.is_floating_point()]
                 want = want or got
-                samples = next((t.shape[sample_dim] for t in batch.inputs.tensors() if t.dim() > sample_dim), 1)
-                tally.add(got, want)
-                if criterion is not None:
-                    tally.loss += float(criterion.total(output, batch.target, samples))
-                tally.samples += samples
+                loss = 0.0 if criterion is None else float(criterion.total(output, batch.target, samples))
+            tally.add(got, want, loss, samples)
     return [tally.quality(criterion is not None) for tally in tallies]
 
 
@@ -59,8 +57,9 @@ class _Tally:
         self.loss = self.difference = self.norm = 0.0
         self.same = self.places = self.samples = 0
 
-    def add(self, got: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) -> None:
+    def add(self, got: Sequence[torch.Tensor], want: Sequence[torch.Tensor], loss: float, samples: int) -> None:
         """Compare the outputs of one batch."""
+        self.loss, self.samples = self.loss + loss, self.samples + samples
         for g, w in zip(got, want, strict=True):
             self.difference += float((g.double() - w.double()).square().sum())
             self.norm += float(w.double().square().sum())

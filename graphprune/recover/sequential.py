@@ -7,58 +7,94 @@ layer its weights are fitted and written before the layer is called, so one pass
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from graphprune.calibrate import CHUNK, UNFOLDED_LIMIT, Consumer, columns, layers
+from graphprune.calibrate import CHUNK, UNFOLDED_LIMIT, Batch, Consumer, columns, layers
+from graphprune.coupling import Coupling
 from graphprune.interpret import Replay
 from graphprune.plan import Plan
-from graphprune.program import Node
-from graphprune.recover.shifts import Shift
+from graphprune.program import Node, Program
+from graphprune.recover.consumers import Change
+from graphprune.recover.shifts import shifts
 from graphprune.rewrite.state import held
-from graphprune.trace import Inputs, StandIn, signature
+from graphprune.solvers import factorise
+from graphprune.trace import Inputs, signature
 
 RIDGE = 1e-3
 """Added to the diagonal of second moments, relative to their mean: how much a weight is held where it is."""
+MEMORY = 2 << 30
+"""Bytes of what the original's layers read that are kept at once."""
+ROWS = 64
+"""Positions of feature maps that a fit uses, per column of the weight; more are thinned out evenly."""
 
 
-def refit(
-    model: nn.Module, small: nn.Module, plan: Plan, shifts: Mapping[str, Shift], inputs: Inputs
-) -> dict[str, torch.Tensor]:
+def merged(model: nn.Module, batches: Iterable[Batch], sample_dim: int) -> tuple[Inputs, int]:
+    """As many samples as `MEMORY` allows, together, from batches that are alike but for their number; and how many."""
+    taken: list[Inputs] = []
+    samples, room, shapes = 0, 0, None
+    for batch in batches:
+        found = [(*t.shape[:sample_dim], *t.shape[sample_dim + 1 :], t.dtype) for t in batch.inputs.tensors()]
+        count = next((t.shape[sample_dim] for t in batch.inputs.tensors() if t.dim() > sample_dim), 1)
+        if shapes is None:
+            shapes = found
+            each = _bytes(Replay(model).program(batch.inputs)) // count
+            room = max(count, MEMORY // max(1, each))
+        if found != shapes or samples + count > room:
+            continue
+        taken.append(batch.inputs)
+        samples += count
+    pieces = [t.tensors() for t in taken]
+    joined = iter([torch.cat(same, sample_dim) if same[0].dim() else same[0] for same in zip(*pieces, strict=True)])
+    return taken[0].map(lambda _: next(joined)), samples
+
+
+def _bytes(program: Program) -> int:
+    return sum(math.prod(layer.value.shape) * layer.value.dtype.itemsize for layer in layers(program))
+
+
+def refit(model: nn.Module, small: nn.Module, coupling: Coupling, plan: Plan, inputs: Inputs) -> Change:
     """Fit the layers of `small` one after the other.
 
     Args:
         model: the original.
         small: the smaller model; in the end it is as before.
-        plan: what was removed.
-        shifts: per weight, what can shift the output of its layer.
+        coupling, plan: what was removed.
         inputs: all samples.
     Returns:
-        New values by fully qualified name.
+        New values at the shapes of `small`.
     """
-    work = _Refit(model, small, plan, shifts)
+    work = _Refit(model, small, coupling, plan)
     with torch.no_grad():
         work.run(Replay(model), inputs, work.keep)
         work.run(Replay(small), inputs, work.fit)
-    return work.written
+    return Change(work.written, work.ridges, work.left)
 
 
 class _Refit:
-    def __init__(self, model: nn.Module, small: nn.Module, plan: Plan, shifts: Mapping[str, Shift]) -> None:
+    def __init__(self, model: nn.Module, small: nn.Module, coupling: Coupling, plan: Plan) -> None:
         self.dense, self.small = dict(held(model)), dict(held(small))
-        self.plan, self.shifts = plan, shifts
+        self.plan, self.shifts = plan, shifts(coupling.program)
         self.inputs: dict[str, tuple[torch.Tensor, Consumer]] = {}
         self.written: dict[str, torch.Tensor] = {}
+        self.ridges: dict[str, float] = {}
+        self.left: dict[str, str] = {}
 
-    def run(self, replay: Replay, inputs: Inputs, each: Any) -> None:
-        """Run a model, with `each` called for the layers that are fitted and what they read."""
+    def run(self, replay: Replay, inputs: Inputs, each: Callable[[Consumer, torch.Tensor], None]) -> None:
+        """Run a model, with `each` called for the layers that can be fitted and what they read."""
         program = replay.program(inputs)
         calls = Counter(layer.weight for layer in layers(program))
-        found = {layer.node.name: layer for layer in layers(program) if calls[layer.weight] == 1 and self._fits(layer)}
+        found = {}
+        for layer in layers(program):
+            if reason := self._unfit(layer, calls[layer.weight]):
+                self.left[layer.weight] = reason
+            else:
+                found[layer.node.name] = layer
         overwritten = {v for node in program.nodes if node.op.endswith("_") for v in node.values()}
 
         def stand_in(node: Node, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -66,15 +102,20 @@ class _Refit:
             if layer is not None:
                 given = dict(zip(signature(func)[1], args, strict=False)) | dict(kwargs)
                 x = given[layer.argument].detach()
-                each(layer, x.clone() if layer.value in overwritten else x)
+                with torch.autocast(x.device.type, enabled=False):
+                    each(layer, x.clone() if layer.value in overwritten else x)
 
-        looking: StandIn = stand_in
-        replay.run(inputs, looking, restart=self.inputs.clear)
+        replay.run(inputs, stand_in, restart=self.inputs.clear)
 
-    def _fits(self, layer: Consumer) -> bool:
-        """Whether a layer sums over channels, few enough for one system of equations."""
+    def _unfit(self, layer: Consumer, calls: int) -> str:
+        """Why a layer is not fitted; empty if it is."""
         shape = self.dense[layer.weight].shape
-        return shape[1] > 1 and len(shape) < 5 and shape[1:].numel() <= UNFOLDED_LIMIT
+        if calls > 1:
+            return f"it is called {calls} times"
+        if len(shape) > 4:
+            return "convolutions over volumes are not unfolded"
+        many = shape[1:].numel() > UNFOLDED_LIMIT
+        return f"each output has {shape[1:].numel()} weights, more than {UNFOLDED_LIMIT}" if many else ""
 
     def keep(self, layer: Consumer, x: torch.Tensor) -> None:
         """Keep what a layer of the original reads."""
@@ -85,7 +126,7 @@ class _Refit:
         name = layer.weight
         if name not in self.inputs:
             return
-        dense, now = (held[name].detach().double().cpu() for held in (self.dense, self.small))
+        dense, now = (tensors[name].detach().double().cpu() for tensors in (self.dense, self.small))
         dense, now = (dense.T, now.T) if layer.transposed else (dense, now)
         out = self.plan.kept.get(name, {}).get(1 if layer.transposed else 0)
         dense = dense if out is None else dense.index_select(0, out)
@@ -95,28 +136,30 @@ class _Refit:
         if shift is not None:
             second = second - got[:, :, None] * got[:, None, :]
             cross = cross - want[:, :, None] * got[:, None, :]
-        ridge = RIDGE * second.diagonal(dim1=1, dim2=2).mean(1) + torch.finfo(torch.float32).tiny
-        system = second + torch.diag_embed(ridge[:, None].expand(-1, second.shape[1]))
-        w = w + torch.linalg.solve(system, (d @ cross - w @ second).transpose(1, 2)).transpose(1, 2)
+        factor, self.ridges[name] = factorise(second, RIDGE, RIDGE)
+        w = w + torch.cholesky_solve((d @ cross - w @ second).mT, factor).mT
         made = w.reshape(shape)
         self._write(name, made.T if layer.transposed else made)
         if shift is not None:
             delta = torch.einsum("goc,gc->go", d, want) - torch.einsum("goc,gc->go", w, got)
             base = self.dense[shift.name].detach().double().cpu()
-            self._write(shift.name, (base if out is None else base.index_select(0, out)) + shift.sign * delta.reshape(-1))
+            base = base if out is None else base.index_select(0, out)
+            self._write(shift.name, base + shift.sign * delta.reshape(-1))
 
     def _moments(self, layer: Consumer, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Means of both inputs, second moments of the small one's, and cross moments, per group of the convolution."""
-        kernel = tuple(self.dense[layer.weight].shape[2:])
-        taps = self.dense[layer.weight].shape[2:].numel()
+        shape = self.dense[layer.weight].shape
+        kernel, taps = tuple(shape[2:]), shape[2:].numel()
         original, theirs = self.inputs.pop(layer.weight)
         samples = max(1, CHUNK // max(1, original[0].numel() * taps))
-        pieces = (columns(which, t, kernel, taps, samples) for which, t in ((theirs, original), (layer, x)))
+        most = max(1, ROWS * shape[1:].numel() // len(original))
+        pieces = (
+            columns(which, t, kernel, taps, samples=samples, most=most) for which, t in ((theirs, original), (layer, x))
+        )
         rows, sums = 0, [torch.zeros(()).double() for _ in range(4)]
         for want, got in zip(*pieces, strict=True):
             if want.shape[0] > got.shape[0]:  # whole groups of the convolution are gone
-                each = self.dense[layer.weight].shape[0] // want.shape[0]
-                want = want[(self.plan.kept[layer.weight][0] // each).unique()]
+                want = want[(self.plan.kept[layer.weight][0] // (shape[0] // want.shape[0])).unique()]
             rows += got.shape[1]
             parts = got.sum(1), want.sum(1), got.mT @ got, want.mT @ got
             sums = [a + b.double().cpu() for a, b in zip(sums, parts, strict=True)]

@@ -29,7 +29,9 @@ def shifts(program: Program) -> dict[str, Shift]:
         shift = Shift(layer.bias, 1) if layer.bias else None
         if shift is None and len(after) == 1 and output not in shown and (mean := _running_mean(after[0])):
             shift = Shift(mean, -1)
-        found[layer.weight] = shift if found.get(layer.weight, shift) == shift and _alone(shift, layer.weight, found) else None
+        found[layer.weight] = (
+            shift if found.get(layer.weight, shift) == shift and _alone(shift, layer.weight, found) else None
+        )
     return {weight: shift for weight, shift in found.items() if shift is not None}
 
 

@@ -10,6 +10,7 @@ from graphprune.allocate import Target
 from graphprune.cost import COSTS, widths
 from graphprune.coupling import Coupling, PinnedAxis, Unknown
 from graphprune.plan import Plan
+from graphprune.recover import Quality, Repair
 from graphprune.rewrite import Rewritten
 from graphprune.verify import Verification
 
@@ -53,7 +54,8 @@ class Report:
         emitter: "module", "graft" or "graph".
         reason: why the emitters before it were passed over; empty if it was the first.
         grafts: paths of the modules whose forward comes from the trace.
-        verification: what the comparison with the zeroed original found; None if it was switched off.
+        verification: what the comparison with the zeroed original found before any repair; None if switched off.
+        repair: what repair did and was worth; None if none was asked for.
     """
 
     model_class: str
@@ -67,6 +69,7 @@ class Report:
     reason: str
     grafts: tuple[str, ...]
     verification: Verification | None
+    repair: Repair | None = None
 
     def __str__(self) -> str:
         """A summary of one screen; `table()` has every group."""
@@ -83,6 +86,7 @@ class Report:
             more = f" and {len(self.grafts) - 3} more" if len(self.grafts) > 3 else ""
             lines.append(f"  grafted   {', '.join(self.grafts[:3])}{more}: their forward comes from the trace")
         lines.append(f"  verified  {self._verified()}")
+        lines.extend(self._repaired())
         lines.extend(f"  pinned    {n} axes: {reason}" for reason, n in self._causes().most_common(6))
         if self.unused:
             lines.append(
@@ -102,6 +106,22 @@ class Report:
             return f"{text}; the removed channels had no effect on these inputs, so this proves nothing"
         return f"{text}; zeroing itself moved the output by {v.effect:.1e}"
 
+    def _repaired(self) -> list[str]:
+        r = self.repair
+        if r is None:
+            return []
+        how = f"{r.method}, on {r.samples} samples" if r.method != "none" else "no weights"
+        lines = [
+            f"  repaired  {how}; batch norm statistics {'taken anew' if r.batchnorm else 'as they were'}",
+            f"    before pruning  {_said(r.original)}",
+            f"    pruned          {_said(r.pruned)}",
+            f"    repaired        {_said(r.repaired)}",
+        ]
+        if r.left:
+            name, reason = next(iter(r.left.items()))
+            lines.append(f"    not repaired    {len(r.left)} layers, such as {name}: {reason}")
+        return lines
+
     def _causes(self) -> Counter[str]:
         return Counter(p.reason for p in self.pinned)
 
@@ -113,8 +133,19 @@ class Report:
         return "\n".join([head, *rows])
 
 
+def _said(quality: Quality) -> str:
+    loss = "" if quality.loss is None else f"loss {quality.loss:.4g}, "
+    agreement = "" if quality.agreement is None else f", same largest output for {quality.agreement:.1%}"
+    return f"{loss}output off by {quality.error:.3g}{agreement}"
+
+
 def report(
-    coupling: Coupling, plan: Plan, target: Target, rewritten: Rewritten, verification: Verification | None
+    coupling: Coupling,
+    plan: Plan,
+    target: Target,
+    rewritten: Rewritten,
+    verification: Verification | None,
+    repair: Repair | None = None,
 ) -> Report:
     """Put together what the steps found."""
     kept = widths(plan)
@@ -135,4 +166,5 @@ def report(
         reason=rewritten.reason,
         grafts=rewritten.grafts,
         verification=verification,
+        repair=repair,
     )

@@ -1,4 +1,4 @@
-"""Runs a model as it was recorded: the same op calls in the same order, now with values and, where wanted, gradients."""
+"""Runs a model as it was recorded: the same op calls in the same order, now with values and gradients."""
 
 from __future__ import annotations
 
