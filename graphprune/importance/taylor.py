@@ -25,7 +25,7 @@ class Taylor(FromData):
         loss: `loss(output, targets)`, see `graphprune.calibrate`; not needed if `batches` is a calibration.
 
     Example:
-        >>> import graphprune as gp
+        >>> import torch, graphprune as gp
         >>> net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 5))
         >>> data = [(torch.randn(4, 3), torch.tensor([0, 1, 2, 3]))]
         >>> taylor = Taylor(data, nn.functional.cross_entropy)
