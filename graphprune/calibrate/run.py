@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from graphprune.calibrate.batches import Batch, Criterion
-from graphprune.calibrate.sites import Consumer, End, consumers, ends
+from graphprune.calibrate.sites import Consumer, End, consumers, ends, maps
 from graphprune.calibrate.statistics import Activations, Gradients, Moments, Ranks
 from graphprune.coupling import Coupling
 from graphprune.errors import CalibrationError
@@ -26,6 +26,7 @@ class View:
     Attributes:
         coupling: of a program recorded at these shapes.
         ends: per node name, the ends at its operands.
+        maps: per node name, the operands at which channels are last seen as maps; empty if nobody looks at maps.
         consumers: per node name, the layer it is.
         samples: how many samples a batch has.
         written: values that are written to in place.
@@ -33,12 +34,13 @@ class View:
 
     coupling: Coupling
     ends: Mapping[str, Sequence[End]]
+    maps: Mapping[str, Sequence[End]]
     consumers: Mapping[str, Consumer]
     samples: int
     written: frozenset[Any]
 
 
-def view(coupling: Coupling, program: Program, sample_dim: int) -> View:
+def view(coupling: Coupling, program: Program, sample_dim: int, *, with_maps: bool) -> View:
     """What to read where in `program`, of the model that `coupling` is of.
 
     Raises:
@@ -50,12 +52,18 @@ def view(coupling: Coupling, program: Program, sample_dim: int) -> View:
             f"with inputs of shapes {[list(v.shape) for v in program.inputs]} the groups of {program.model_class} are "
             "others than with the example inputs; use example inputs like the batches"
         )
-    by_node: dict[str, list[End]] = {}
-    for end in ends(again, sample_dim):
-        by_node.setdefault(end.node.name, []).append(end)
     given = [v.shape[sample_dim] for v in program.inputs if len(v.shape) > sample_dim]
     written = frozenset(v for node in program.nodes if node.op.endswith("_") for v in list(node.values())[:1])
-    return View(again, by_node, {c.node.name: c for c in consumers(again)}, (given or [1])[0], written)
+    shown = _by_node(maps(again, sample_dim)) if with_maps else {}
+    layers = {c.node.name: c for c in consumers(again)}
+    return View(again, _by_node(ends(again, sample_dim)), shown, layers, (given or [1])[0], written)
+
+
+def _by_node(found: Iterable[End]) -> dict[str, list[End]]:
+    nodes: dict[str, list[End]] = {}
+    for end in found:
+        nodes.setdefault(end.node.name, []).append(end)
+    return nodes
 
 
 @dataclass(frozen=True)
@@ -118,7 +126,7 @@ class Pass:
     def _start(self, batch: Batch) -> None:
         program = self.replay.program(batch.inputs)
         if program not in self.views:
-            self.views[program] = view(self.coupling, program, self.sample_dim)
+            self.views[program] = view(self.coupling, program, self.sample_dim, with_maps=bool(self.sums.ranks))
         self.view = self.views[program]
         self.q = {name: torch.zeros(self.view.samples, g.total.numel()) for name, g in self.sums.gradients.items()}
         self.token = torch.zeros((), requires_grad=True)
@@ -159,31 +167,38 @@ class Pass:
 
     def _stand_in(self, node: Node, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Read the operands of a node in which channels end; None leaves the node alone."""
-        found = self.view.ends.get(node.name, ())
+        found, shown = self.view.ends.get(node.name, ()), self.view.maps.get(node.name, ())
         consumer = self.view.consumers.get(node.name)
-        if not found and consumer is None:
+        if not found and not shown and consumer is None:
             return None
         names, given, keywords = signature(func)[1], list(args), dict(kwargs)
-        for end in found:
-            place = names.index(end.argument)
-            held = given[place] if place < len(given) else keywords[end.argument]
-            tensor = held if end.index is None else held[end.index]
-            read = self._end(end, tensor)
-            if end.index is not None:
-                read = type(held)([*held[: end.index], read, *held[end.index + 1 :]])
-            if place < len(given):
-                given[place] = read
-            else:
-                keywords[end.argument] = read
+        held = dict(zip(names, given, strict=False)) | keywords
+        for end in shown:
+            self._rank(end, _operand(end, held))
         if consumer is not None and consumer.weight in self.sums.moments:
-            place = names.index(consumer.argument)
-            self._consume(consumer, given[place] if place < len(given) else keywords[consumer.argument])
-        return func(*given, **keywords)
+            self._consume(consumer, held[consumer.argument])
+        for end in found:
+            read = self._end(end, _operand(end, held))
+            if end.index is not None:
+                several = held[end.argument]
+                read = type(several)([*several[: end.index], read, *several[end.index + 1 :]])
+            held[end.argument] = read
+        return func(*(held[name] for name in names[: len(given)]), **{name: held[name] for name in keywords})
 
     def _consume(self, consumer: Consumer, x: torch.Tensor) -> None:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             kernel = self.shapes[consumer.weight][2:]
             self.sums.moments[consumer.weight].add(consumer, x, kernel)
+
+    def _rank(self, end: End, x: torch.Tensor) -> None:
+        """Read the maps of an operand, once for each value that has them."""
+        if (end.value, "maps") in self.met:
+            return
+        self.met.add((end.value, "maps"))
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            for name, reader in end.readers.items():
+                if (found := reader.maps(x.detach())) is not None:
+                    self.sums.ranks[name].add(found)
 
     def _end(self, end: End, x: torch.Tensor) -> torch.Tensor:
         """Read what an operand holds; returns what the node is to be called with."""
@@ -193,8 +208,6 @@ class Pass:
             for name, reader in end.readers.items() if first else ():
                 if name in self.sums.activations:
                     self.sums.activations[name].add(reader, x.detach())
-                if name in self.sums.ranks and (maps := reader.maps(x.detach())) is not None:
-                    self.sums.ranks[name].add(maps)
         if not torch.is_grad_enabled() or not x.is_floating_point():
             return x
         held = x.clone() if end.value in self.view.written else x
@@ -212,6 +225,11 @@ class Pass:
                 self.q[name] = self.q[name].to(q) + q
 
         return read
+
+
+def _operand(end: End, held: Mapping[str, Any]) -> Any:
+    found = held[end.argument]
+    return found if end.index is None else found[end.index]
 
 
 class _Tap(torch.autograd.Function):

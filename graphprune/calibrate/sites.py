@@ -181,6 +181,16 @@ def ends(coupling: Coupling, sample_dim: int) -> tuple[End, ...]:
     return tuple(end for end in found if end is not None and end.readers)
 
 
+def maps(coupling: Coupling, sample_dim: int) -> tuple[End, ...]:
+    """Where the channels of a group are last seen as maps: operands that hold them, of nodes whose outputs do not.
+
+    That is where layers read the maps, and where pooling does away with them. See `ends`.
+    """
+    finder = _Finder(coupling, sample_dim)
+    found = (finder.last_maps(*operand) for node in coupling.program.nodes for operand in _operands(node))
+    return tuple(end for end in found if end.readers)
+
+
 def _operands(node: Node) -> Iterator[tuple[Node, str, int | None, Value]]:
     """The activations among the arguments of a node."""
     for name, argument in node.arguments.items():
@@ -199,6 +209,8 @@ class _Finder:
         self.coupling, self.axes = coupling, coupling.axes
         self.names = {atom: name for name, atom in coupling.atoms.items()}
         self.met: tuple[Node, set[Atom]] | None = None
+        self._known_maps: dict[Value, set[str]] = {}
+        self._known_samples: dict[Axis, Any] = {}
         given = [v for v in coupling.program.inputs if len(v.shape) > sample_dim]
         self.samples = given[0].shape[sample_dim] if given else 1
         self.strides: dict[Atom, int] = {}
@@ -216,6 +228,28 @@ class _Finder:
         self.met[1].update(ended)
         ordered = [(atom, name) for atom, name in self.names.items() if atom in ended]
         return End(node, argument, index, value, {name: self._reader(value, atom) for atom, name in ordered})
+
+    def last_maps(self, node: Node, argument: str, index: int | None, value: Value) -> End:
+        """The groups that an operand holds as maps, and the outputs of its node do not."""
+        held = self._maps(value) - {name for output in node.outputs for name in self._maps(output)}
+        atoms = {name: self.coupling.atoms[name] for name in self.coupling.atoms if name in held}
+        return End(node, argument, index, value, {name: self._reader(value, atom) for name, atom in atoms.items()})
+
+    def _maps(self, value: Value) -> set[str]:
+        """The groups that a value holds as maps: beside samples and channels it has two dims or more."""
+        if value not in self._known_maps:
+            dims = self.coupling.dims[value]
+            self._known_maps[value] = {self.names[a] for a in self._atoms((value,)) if self._is_map(dims, a)}
+        return self._known_maps[value]
+
+    def _is_map(self, dims: Sequence[Axis], atom: Atom) -> bool:
+        sample = [self._sample(axis) for axis in dims]
+        channel = [self.axes.places(axis, {atom: 0}) for axis in dims]
+        laid_out = self._matrix(dims, channel, sample, atom)
+        if laid_out is None or (self.samples > 1 and all(s is None for s in sample)):
+            return False
+        beside = [axis.size for d, axis in enumerate(dims) if d != laid_out[0] and sample[d] is None]
+        return bool(sum(size > 1 for size in (*beside, *laid_out[2])) > 1)
 
     def _atoms(self, values: Sequence[Value]) -> set[Atom]:
         leaves = {atom for v in values for axis in self.coupling.dims[v] for atom in self.axes.leaves(axis)}
@@ -270,12 +304,14 @@ class _Finder:
 
     def _sample(self, axis: Axis) -> Any:
         """Per position of an axis, what it adds to the number of its sample; None if samples do not occur in it."""
-        total, found = np.zeros(axis.size, dtype=np.intp), False
-        for atom, stride in self.strides.items():
-            at, which = self.axes.places(axis, {atom: 0})
-            total[at] += which * stride
-            found |= len(at) > 0
-        return total if found else None
+        if axis not in self._known_samples:
+            total, found = np.zeros(axis.size, dtype=np.intp), False
+            for atom, stride in self.strides.items():
+                at, which = self.axes.places(axis, {atom: 0})
+                total[at] += which * stride
+                found |= len(at) > 0
+            self._known_samples[axis] = total if found else None
+        return self._known_samples[axis]
 
 
 def _strides(axis: Axis, axes: Axes) -> dict[Atom, int]:
