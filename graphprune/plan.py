@@ -14,6 +14,7 @@ from torch import nn
 from graphprune.axes import Mask
 from graphprune.coupling import Coupling
 from graphprune.errors import PlanError, nearest
+from graphprune.trace import held
 
 FORMAT = 1
 
@@ -108,13 +109,13 @@ class Plan:
         Raises:
             PlanError: a parameter or buffer has another shape; the message names the first ones.
         """
-        held = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+        of_model = dict(held(model))
         wrong = [
             f"{name} is {list(self.shapes[name])} in the plan, {list(tensor.shape)} in the model"
-            for name, tensor in held.items()
+            for name, tensor in of_model.items()
             if name in self.shapes and tuple(tensor.shape) != self.shapes[name]
         ]
-        if not held.keys() & self.shapes.keys():
+        if not of_model.keys() & self.shapes.keys():
             wrong = ["they have no parameter or buffer in common"]
         if wrong:
             raise PlanError("the plan was made for another model:\n  " + "\n  ".join(wrong[:4]))

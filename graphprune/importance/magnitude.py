@@ -19,6 +19,7 @@ from graphprune.importance import choice
 from graphprune.importance.fallback import complete
 from graphprune.importance.protocol import Importance, Scores
 from graphprune.importance.weights import NO_FILTER, OVER, Over, Slot, loaded, slots
+from graphprune.trace import parameters
 
 Reduce = Literal["norm", "mean", "max"]
 Normalize = Literal["mean", "max", "size"] | None
@@ -83,7 +84,7 @@ class Magnitude:
         Raises:
             InputError: a weight is on the meta device, or holds NaN or infinity.
         """
-        parameters = dict(model.named_parameters(remove_duplicate=False))
+        weights = dict(parameters(model))
         sizes = {name: atom.size for name, atom in coupling.atoms.items()}
         starts = dict(zip(sizes, itertools.accumulate((0, *sizes.values())), strict=False))
         first = {atom: starts[name] for name, atom in coupling.atoms.items()}
@@ -91,7 +92,7 @@ class Magnitude:
         total = torch.zeros(sum(sizes.values()), dtype=torch.float64)
         count = torch.zeros_like(total)
         found = slots(coupling, self.over)
-        for (axis, atoms), members in _by_axis(found, parameters, self.p).items():
+        for (axis, atoms), members in _by_axis(found, weights, self.p).items():
             whole = len(atoms) == sum(atom in first for atom in coupling.axes.leaves(axis))
             given = (first, memo) if whole else ({atom: first[atom] for atom in atoms}, {})
             self._add(members, coupling.axes.places(axis, *given), total, count)
@@ -130,13 +131,13 @@ class Magnitude:
 
 
 def _by_axis(
-    found: Sequence[Slot], parameters: Mapping[str, torch.Tensor], p: float
+    found: Sequence[Slot], weights: Mapping[str, torch.Tensor], p: float
 ) -> dict[tuple[Axis, frozenset[Atom]], _Members]:
     """The members, by what they have in common: the axis, and the groups that are meant in it."""
     members: dict[tuple[Axis, frozenset[Atom]], _Members] = {}
     for value, same in itertools.groupby(found, key=lambda slot: slot.value):
         held = list(same)
-        powers = _powers(parameters[value.target], value.target, [slot.dim for slot in held], p)
+        powers = _powers(weights[value.target], value.target, [slot.dim for slot in held], p)
         for slot, power in zip(held, powers, strict=True):
             elements = math.prod(value.shape) // value.shape[slot.dim]
             members.setdefault((slot.axis, slot.atoms), []).append((power, elements))

@@ -15,6 +15,7 @@ from graphprune.coupling import Coupling, ties
 from graphprune.errors import InputError
 from graphprune.program import Value
 from graphprune.rules.call import operand_values
+from graphprune.trace import parameters
 
 Over = Literal["all", "filters"]
 """Of the weights removed with a channel: all of them, or those that compute it, without biases and scales."""
@@ -114,11 +115,11 @@ def elements(model: nn.Module, coupling: Coupling, over: Over = "all") -> Iterat
         >>> [(name, *e.shape) for name, e in elements(net, gp.couple(gp.trace(net, torch.zeros(1, 3))))]
         [('0', 8, 3), ('0', 8, 1), ('0', 8, 5)]
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    weights = dict(parameters(model))
     names = {atom: name for name, atom in coupling.atoms.items()}
     for slot in slots(coupling, over):
         for atom in slot.atoms:
-            yield names[atom], rows(parameters[slot.value.target], slot, atom, coupling)
+            yield names[atom], rows(weights[slot.value.target], slot, atom, coupling)
 
 
 def rows(tensor: torch.Tensor, slot: Slot, atom: Atom, coupling: Coupling) -> torch.Tensor:

@@ -14,13 +14,7 @@ from torch.utils import _pytree as pytree
 
 from graphprune.errors import RewriteError
 from graphprune.plan import Plan, sliced
-from graphprune.trace import forget, same_random_numbers
-
-
-def held(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter and buffer of `model` under each of its names."""
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
+from graphprune.trace import forget, held, modules, same_random_numbers
 
 
 def smaller(tensor: torch.Tensor, name: str, plan: Plan) -> torch.Tensor:
@@ -43,7 +37,7 @@ def replacements(model: nn.Module, plan: Plan) -> dict[int, torch.Tensor]:
 def results(model: nn.Module) -> dict[int, torch.Tensor]:
     """Copies of what `model` keeps of earlier forwards, by id, without the graph that would forbid copying it."""
     kept: list[Any] = []
-    for module in model.modules():
+    for _, module in modules(model):
         for name, value in vars(module).items():
             if isinstance(value, torch.Tensor):
                 kept.append(value)
@@ -59,19 +53,19 @@ def deepcopied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         RewriteError: the model cannot be copied, or gives parts of itself in place of a copy.
     """
     name = type(model).__name__
-    for module in model.modules():  # most of a module is empty dicts of hooks, which are slow to copy one by one
+    for _, module in modules(model):  # most of a module is empty dicts of hooks, which are slow to copy one by one
         memo.update({id(h): OrderedDict() for h in vars(module).values() if type(h) is OrderedDict and not h})
     try:
         with same_random_numbers(model):
             made: nn.Module = copy.deepcopy(model, memo)
     except Exception as error:
         raise RewriteError(f"{name} cannot be copied: {type(error).__name__}: {error}") from error
-    modes = [(part, part.training) for part in made.modules() if not isinstance(part, torch.jit.ScriptModule)]
+    modes = [(part, part.training) for _, part in modules(made) if not isinstance(part, torch.jit.ScriptModule)]
     forget(made)
     for part, training in modes:
         vars(part)["training"] = training  # a class may refuse to have attributes set
-    own = {id(part) for part in model.modules()} | {id(tensor) for _, tensor in held(model)}
-    shared = [path for path, part in (*made.named_modules(), *held(made)) if id(part) in own]
+    own = {id(part) for _, part in modules(model)} | {id(tensor) for _, tensor in held(model)}
+    shared = [path for path, part in (*modules(made), *held(made)) if id(part) in own]
     if shared:
         raise RewriteError(f"{name} cannot be copied: __deepcopy__ gives {shared[0] or 'the model'} itself, not a copy")
     return made

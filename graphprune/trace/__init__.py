@@ -22,14 +22,18 @@ from graphprune.trace.record import record
 from graphprune.trace.refuse import Rewritten, check, check_written, own_failure
 from graphprune.trace.schema import signature
 from graphprune.trace.tree import register
+from graphprune.trace.walk import held, modules, parameters
 
 __all__ = [
     "Inputs",
     "StandIn",
     "forget",
+    "held",
+    "modules",
     "nested_graph",
     "output_tensors",
     "own_failure",
+    "parameters",
     "play",
     "register",
     "run",

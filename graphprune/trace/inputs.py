@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from graphprune.trace.tree import register
+from graphprune.trace.walk import modules, parameters
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def untouched(model: nn.Module, *, computing: bool = True) -> Iterator[None]:
         model: any module.
         computing: whether ops run in the block; without, no tensor can get other values, and none is kept.
     """
-    scripted = [(m, m.training) for m in model.modules() if isinstance(m, torch.jit.ScriptModule)]
+    scripted = [(m, m.training) for _, m in modules(model) if isinstance(m, torch.jit.ScriptModule)]
     fast_path = torch.backends.mha.get_fastpath_enabled()
     before = _Before(model, values=computing)
     try:
@@ -78,7 +79,7 @@ def untouched(model: nn.Module, *, computing: bool = True) -> Iterator[None]:
             warnings.filterwarnings("ignore", message="Using `torch.compile")  # of hooks that are not the user's
             torch.backends.mha.set_fastpath_enabled(False)
             forget(model)
-            for module in model.modules():
+            for _, module in modules(model):
                 if isinstance(module, torch.jit.ScriptModule):
                     module.training = False
                 else:  # a class may refuse to have attributes set
@@ -97,7 +98,7 @@ def forget(model: nn.Module) -> None:
     They do so on entering training mode. Only those that keep tensors in a dict of their own are asked, each alone:
     others may do more there, as layers that merge weights do.
     """
-    for module in model.modules():
+    for _, module in modules(model):
         if type(module).train is not nn.Module.train and any(map(_keeps_tensors, vars(module).values())):
             children, vars(module)["_modules"] = module._modules, {}
             try:
@@ -149,7 +150,7 @@ class _Before:
         self.dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
         self.lists: list[tuple[Any, list[Any]]] = []
         self.others: list[Callable[[], object]] = []
-        rest: list[Any] = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+        rest: list[Any] = [m for _, m in modules(model) if not isinstance(m, torch.jit.ScriptModule)]
         seen: dict[int, Any] = {}  # kept alive, so that ids stay unique
         while rest:
             held = rest.pop()
@@ -238,4 +239,4 @@ def output_tensors(output: Any) -> list[torch.Tensor]:
 def _cuda_devices(model: nn.Module) -> list[int]:
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return []
-    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    return sorted({p.device.index or 0 for _, p in parameters(model) if p.device.type == "cuda"})

@@ -29,6 +29,7 @@ from graphprune.trace.schema import call_node, value
 from graphprune.trace.shapes import quick
 from graphprune.trace.state import State
 from graphprune.trace.tree import carried, register
+from graphprune.trace.walk import modules
 
 KNOWN_LIMIT = 1 << 16
 """Tensors made by the model's code keep their values up to this many elements."""
@@ -79,7 +80,7 @@ class _Recorder(SchemaCheckMode):  # type: ignore[no-untyped-call]
         self.storages = {_storage(tensor) for _, tensor, _ in self.state.named}
         self.modules: dict[int, str] = {}
         self.attributes: dict[int, str] = {}
-        for path, module in self.model.named_modules():
+        for path, module in modules(self.model):
             self.modules[id(module)] = path
             for name, held in vars(module).items():
                 if isinstance(held, torch.Tensor):

@@ -15,6 +15,7 @@ from torch import nn
 from graphprune.errors import InputError, TraceError
 from graphprune.program import Program, Value
 from graphprune.trace.inputs import Inputs
+from graphprune.trace.walk import held, modules, parameters
 
 
 def check(model: object, inputs: Inputs) -> None:
@@ -42,7 +43,7 @@ _QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch
 def _parts(model: nn.Module) -> Iterator[str]:
     if isinstance(model, nn.DataParallel):
         yield "model is wrapped in DataParallel; prune model.module and wrap the result again"
-    for path, part in model.named_modules():
+    for path, part in modules(model):
         kinds = _kinds(type(part))  # type: ignore[arg-type]
         what, name = path or "model", type(part).__name__
         if _REPLICATED in kinds:
@@ -50,7 +51,7 @@ def _parts(model: nn.Module) -> Iterator[str]:
             yield f"{what} is wrapped in {name}; {inner} and wrap the result again"
         elif _SHARDED in kinds:
             yield f"{what} is sharded by {name}; prune the model before it is sharded, then shard the result"
-        elif isinstance(part, torch.jit.ScriptModule) and any(True for _ in (*part.parameters(), *part.buffers())):
+        elif isinstance(part, torch.jit.ScriptModule) and held(part):
             yield f"{what} is a ScriptModule with weights; put the module it was made from in its place"
         elif type(part).__module__.startswith(_QUANTISED):
             yield f"{what} is a quantised {name}; prune the float model and quantise the result"
@@ -66,7 +67,7 @@ def _kinds(part: Any) -> frozenset[str]:
 
 
 def _state(model: nn.Module) -> Iterator[str]:
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    for name, tensor in held(model):
         if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
             yield f"{name} is not initialised yet; run the model once on real inputs, then prune it"
         elif type(tensor).__name__ == "DTensor":
@@ -104,11 +105,12 @@ def _check_devices(model: nn.Module, inputs: Inputs) -> None:
     Raises:
         InputError: they are on different devices, or a part of the parameters has no values.
     """
-    unloaded = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    homes = {p.device for p in (*model.parameters(), *model.buffers())}
-    if unloaded and any(not p.is_meta for p in model.parameters()):
+    unloaded = [(name, p) for name, p in parameters(model) if p.is_meta]
+    homes = {tensor.device for _, tensor in held(model)}
+    if unloaded and any(not p.is_meta for _, p in parameters(model)):
+        count = len({id(p) for _, p in unloaded})
         raise InputError(
-            f"{len(unloaded)} parameters, such as {unloaded[0]}, are on the meta device and the others are not; "
+            f"{count} parameters, such as {unloaded[0][0]}, are on the meta device and the others are not; "
             "load their values first"
         )
     given = {t.device for t in inputs.tensors()}
@@ -184,7 +186,7 @@ def _advice(model: nn.Module, error: str) -> str:
     said = next((advice for text, advice in _SAID if text in error), None)
     suspects = (
         f"{path or 'it'} is a {type(part).__name__}, which no trace can look into; {advice}"
-        for path, part in model.named_modules()
+        for path, part in modules(model)
         for belongs, advice in _SUSPECTS
         if belongs(part)
     )
