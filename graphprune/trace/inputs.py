@@ -8,7 +8,7 @@ import random
 import sys
 import warnings
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -124,7 +124,13 @@ def same_random_numbers(model: nn.Module | None = None) -> Iterator[None]:
 
 
 _PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes})
+_CONTAINERS = frozenset({dict, OrderedDict, list, set, deque})
 _LEFT_ALONE = frozenset({*sys.stdlib_module_names, "torch", "numpy"})
+
+
+def is_plain(held: Any) -> bool:
+    """Whether it is a value that nobody can change: a number, a text, or a tuple of those."""
+    return type(held) in _PLAIN or (type(held) is tuple and _PLAIN.issuperset(map(type, held)))
 
 
 def _keeps_attributes(held: Any) -> bool:
@@ -154,30 +160,32 @@ class _Before:
         seen: dict[int, Any] = {}  # kept alive, so that ids stay unique
         while rest:
             held = rest.pop()
-            if id(held) not in seen and not isinstance(held, (type, torch.jit.ScriptModule)):
-                seen[id(held)] = held
-                rest += self._note(held)
+            if id(held) in seen or isinstance(held, (type, torch.jit.ScriptModule)):
+                continue
+            seen[id(held)] = held
+            for inside in self._note(held):
+                if type(inside) in _CONTAINERS and not inside:  # most of a module is empty dicts of hooks
+                    self.empty.append(inside)
+                elif not is_plain(inside):
+                    rest.append(inside)
 
-    def _note(self, held: Any) -> list[Any]:
+    def _note(self, held: Any) -> Iterable[Any]:
         """Note one object; returns what it holds in turn."""
         if isinstance(held, dict):
             saved = dict(dict.items(held))
             self.dicts.append((held, saved))
-            inside = [v for v in saved.values() if type(v) not in _PLAIN]
-            # most of a module is empty dicts of hooks
-            self.empty += [v for v in inside if type(v) is OrderedDict and not v]
-            return [v for v in inside if type(v) is not OrderedDict or v]
+            return saved.values()
         if isinstance(held, (list, tuple, set, deque)):
             items = list(held)
             if not isinstance(held, tuple):
                 self.lists.append((held, items))
-            return [v for v in items if type(v) not in _PLAIN]
+            return items
         if isinstance(held, torch.Tensor):
             self.others.append(_undo_tensor(held, values=self.values))
         elif isinstance(held, torch.Generator):
             self.others.append(functools.partial(held.set_state, held.get_state()))
         elif _keeps_attributes(held):
-            return [vars(held)]
+            return self._note(vars(held))
         return []
 
     def restore(self) -> None:
