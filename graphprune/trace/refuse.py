@@ -138,10 +138,9 @@ def check_written(program: Program) -> None:
     """
     root: dict[Value, Value] = {}
     for node in program.nodes:
-        first = next(node.values(), None)
-        if first is None:
+        if not node.values():
             continue
-        first = root.get(first, first)
+        first = root.get(node.values()[0], node.values()[0])
         writes = node.op.endswith("_") and not node.op.endswith("__")
         if writes and first.kind == "parameter":
             raise Rewritten(written(program.model_class, first.target, f", by {node}"))
