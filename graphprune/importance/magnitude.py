@@ -156,7 +156,7 @@ def _powers(parameter: torch.Tensor, name: str, dims: Sequence[int], p: float) -
         wide = torch.complex128 if parameter.is_complex() else torch.float64
         held = _power(torch.linalg.vector_norm(weight, p, dim=others, dtype=wide), p)
     else:
-        weight = weight.reshape([parameter.shape[d] for d in dims])
+        weight = weight.reshape([parameter.shape[d] for d in dims]) if others else weight
         held = _power((weight.abs() if parameter.is_complex() else weight).double(), p)
     sums = [
         held.sum([k for k in range(len(dims)) if k != d]).cpu() if len(dims) > 1 else held.cpu()

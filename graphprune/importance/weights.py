@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -48,11 +49,16 @@ def slots(coupling: Coupling, over: Over) -> list[Slot]:
     """
     grouped = frozenset(coupling.atoms.values())
     filters = _filters(coupling) if over == "filters" else None
+
+    @functools.cache
+    def groups(axis: Axis) -> frozenset[Atom]:
+        return grouped.intersection(coupling.axes.leaves(axis))
+
     found = []
     for value in coupling.program.parameters:
         for d, dim in enumerate(coupling.dims[value]):
             axis = coupling.axes.find(dim)
-            meant = grouped.intersection(coupling.axes.leaves(axis))
+            meant = groups(axis)
             if filters is not None:
                 meant &= filters[value, d]
             if meant:

@@ -123,14 +123,15 @@ def same_random_numbers(model: nn.Module | None = None) -> Iterator[None]:
         np.random.set_state(generators[1])
 
 
-_PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes})
+PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes})
+"""Types of values that nobody can change."""
 _CONTAINERS = frozenset({dict, OrderedDict, list, set, deque})
 _LEFT_ALONE = frozenset({*sys.stdlib_module_names, "torch", "numpy"})
 
 
 def is_plain(held: Any) -> bool:
     """Whether it is a value that nobody can change: a number, a text, or a tuple of those."""
-    return type(held) in _PLAIN or (type(held) is tuple and _PLAIN.issuperset(map(type, held)))
+    return type(held) in PLAIN or (type(held) is tuple and PLAIN.issuperset(map(type, held)))
 
 
 def _keeps_attributes(held: Any) -> bool:
