@@ -221,9 +221,10 @@ def _refresh(model: nn.Module) -> None:
 
 def _settled(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Per path of a torch.nn module, its size attributes as its weights say; reading those may move buffers."""
-    computed = any("parametrizations" in module._modules for _, module in modules(model))
+    found = modules(model, remove_duplicate=False)
+    computed = any("parametrizations" in module._modules for _, module in found)
     with untouched(model) if computed else nullcontext(), torch.no_grad():
-        return {path: _by_weights(module) for path, module in modules(model, remove_duplicate=False)}
+        return {path: _by_weights(module) for path, module in found}
 
 
 def _by_weights(module: nn.Module) -> dict[str, Any]:

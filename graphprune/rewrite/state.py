@@ -44,8 +44,9 @@ def results(model: nn.Module) -> dict[int, torch.Tensor]:
                 kept.append(value)
             elif isinstance(value, (dict, list, tuple)) and value and name not in ("_parameters", "_modules"):
                 items = value.values() if isinstance(value, dict) else value
-                kept += pytree.tree_leaves([item for item in items if not is_plain(item)])
-    return {id(t): t.detach().clone() for t in kept if isinstance(t, torch.Tensor) and not t.is_leaf}
+                kept += [item for item in items if not is_plain(item)]
+    tensors = (leaf for leaf in pytree.tree_leaves(kept) if isinstance(leaf, torch.Tensor))
+    return {id(t): t.detach().clone() for t in tensors if not t.is_leaf}
 
 
 def deepcopied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import nn
 from graphprune.errors import InputError, TraceError
 from graphprune.program import Program, Value
 from graphprune.trace.inputs import Inputs
-from graphprune.trace.walk import held, modules, parameters
+from graphprune.trace.walk import held, modules, parameters_and_buffers
 
 
 def check(model: object, inputs: Inputs) -> None:
@@ -28,9 +28,10 @@ def check(model: object, inputs: Inputs) -> None:
         raise InputError(f"model is a {type(model).__name__}, not a torch.nn.Module; pass the module itself")
     if isinstance(model, torch.jit.ScriptModule):
         raise InputError("model is a ScriptModule, which has no Python to trace; pass the module it was scripted from")
-    for problem in (*_parts(model), *_state(model), *_given(inputs)):
+    of_training, others = parameters_and_buffers(model)
+    for problem in (*_parts(model), *_state([*of_training, *others]), *_given(inputs)):
         raise InputError(problem)
-    _check_devices(model, inputs)
+    _check_devices(of_training, others, inputs)
 
 
 # -- parts of the model ------------------------------------------------------------------------------------------------
@@ -66,9 +67,12 @@ def _kinds(part: Any) -> frozenset[str]:
 # -- tensors -----------------------------------------------------------------------------------------------------
 
 
-def _state(model: nn.Module) -> Iterator[str]:
-    for name, tensor in held(model):
-        if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
+Named = Iterable[tuple[str, torch.Tensor]]
+
+
+def _state(named: Named) -> Iterator[str]:
+    for name, tensor in named:
+        if nn.parameter.is_lazy(tensor):
             yield f"{name} is not initialised yet; run the model once on real inputs, then prune it"
         elif type(tensor).__name__ == "DTensor":
             yield f"{name} is sharded over devices; prune the model before it is sharded, then shard the result"
@@ -99,15 +103,15 @@ def _odd_kind(tensor: torch.Tensor) -> tuple[str, str] | None:
     return next(((what, instead) for holds, what, instead in _ODD if holds(tensor)), None)
 
 
-def _check_devices(model: nn.Module, inputs: Inputs) -> None:
+def _check_devices(of_training: Named, others: Named, inputs: Inputs) -> None:
     """Refuse inputs and parameters that are apart.
 
     Raises:
         InputError: they are on different devices, or a part of the parameters has no values.
     """
-    unloaded = [(name, p) for name, p in parameters(model) if p.is_meta]
-    homes = {tensor.device for _, tensor in held(model)}
-    if unloaded and any(not p.is_meta for _, p in parameters(model)):
+    unloaded = [(name, p) for name, p in of_training if p.is_meta]
+    homes = {tensor.device for _, tensor in (*of_training, *others)}
+    if unloaded and any(not p.is_meta for _, p in of_training):
         count = len({id(p) for _, p in unloaded})
         raise InputError(
             f"{count} parameters, such as {unloaded[0][0]}, are on the meta device and the others are not; "

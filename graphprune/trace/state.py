@@ -11,7 +11,7 @@ from torch import nn
 
 from graphprune.program import Kind, Node, Program, Value
 from graphprune.trace.schema import value
-from graphprune.trace.walk import buffers, parameters
+from graphprune.trace.walk import parameters_and_buffers
 
 
 class State:
@@ -23,9 +23,10 @@ class State:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        of_training, others = parameters_and_buffers(model)
         self.named: list[tuple[str, torch.Tensor, Kind]] = [
-            *((name, tensor, "parameter") for name, tensor in parameters(model)),
-            *((name, tensor, "buffer") for name, tensor in buffers(model)),
+            *((name, tensor, "parameter") for name, tensor in of_training),
+            *((name, tensor, "buffer") for name, tensor in others),
         ]
         self._tensors: dict[str, torch.Tensor | None] = {name: tensor for name, tensor, _ in self.named}
         self.values: dict[Any, Value] = {}

@@ -35,23 +35,28 @@ def modules(model: nn.Module, *, remove_duplicate: bool = True) -> list[tuple[st
 
 def parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Every parameter under each of its names."""
-    return _named((path, m._parameters) for path, m in modules(model, remove_duplicate=False))
+    return _named((path, module._parameters) for path, module in modules(model, remove_duplicate=False))
 
 
-def buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Every buffer under each of its names."""
-    return _named((path, m._buffers) for path, m in modules(model, remove_duplicate=False))
+def parameters_and_buffers(
+    model: nn.Module,
+) -> tuple[list[tuple[str, nn.Parameter]], list[tuple[str, torch.Tensor]]]:
+    """Every parameter and every buffer under each of its names."""
+    found = modules(model, remove_duplicate=False)
+    return _named((path, m._parameters) for path, m in found), _named((path, m._buffers) for path, m in found)
 
 
 def held(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     """Every parameter, then every buffer, under each of its names."""
-    return [*parameters(model), *buffers(model)]
+    of_training, others = parameters_and_buffers(model)
+    return [*of_training, *others]
 
 
 def _named(tables: Iterable[tuple[str, Mapping[str, T | None]]]) -> list[tuple[str, T]]:
     return [
         (f"{path}.{name}" if path else name, tensor)
         for path, table in tables
+        if table
         for name, tensor in table.items()
         if tensor is not None
     ]
