@@ -178,10 +178,11 @@ class Axes:
         path = []
         while True:
             if isinstance(axis, Atom):
-                if axis not in self._bound:
+                bound = self._bound.get(axis)
+                if bound is None:
                     break
                 path.append(axis)
-                axis = self._bound[axis]
+                axis = bound
             elif axis.only is not None:
                 axis = axis.only
             else:

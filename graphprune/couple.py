@@ -180,7 +180,7 @@ class _Builder:
 
     def _write_through(self, node: Node) -> None:
         """An in-place op changes what it was given, and everything that is a view of the same tensor."""
-        operands = list(node.values())
+        operands = node.values()
         if not node.outputs or not operands:
             return
         in_place = node.op.endswith("_") and not node.op.endswith("__")
@@ -238,15 +238,15 @@ class _Builder:
 
         What is read meets the input, or is summed over on the way (the inner dim of a product of two parameters).
         """
-        met, read = set(self.program.inputs), []
+        met, read = set(self.program.inputs), set[Axis]()
         for node in self.program.nodes:
             if not met.isdisjoint(node.values()):
                 met.update(node.outputs)
-                read += [axis for v in node.values() for axis in self.dims[v]]
+                read.update(axis for v in node.values() for axis in self.dims[v])
             elif node.op not in _VIEWS:
                 given = {self.axes.find(axis) for v in node.values() for axis in self.dims[v]}
-                read += given - {self.axes.find(axis) for v in node.outputs for axis in self.dims[v]}
-        known = set(self.axes.leaves(Sum(*dict.fromkeys(map(self.axes.find, read)))))
+                read |= given - {self.axes.find(axis) for v in node.outputs for axis in self.dims[v]}
+        known = set(self.axes.leaves(Sum(*set(map(self.axes.find, read)))))
         every = Sum(*(axis for v in self.program.state if v.kind == "parameter" for axis in self.dims[v]))
         for atom in self.axes.leaves(every):
             if atom not in known:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,9 +12,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from graphprune.axes import Mask
+from graphprune.axes import Axis, Mask
 from graphprune.coupling import Coupling
 from graphprune.errors import PlanError, nearest
+from graphprune.trace import held
 
 FORMAT = 1
 
@@ -108,13 +110,13 @@ class Plan:
         Raises:
             PlanError: a parameter or buffer has another shape; the message names the first ones.
         """
-        held = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+        of_model = dict(held(model))
         wrong = [
             f"{name} is {list(self.shapes[name])} in the plan, {list(tensor.shape)} in the model"
-            for name, tensor in held.items()
+            for name, tensor in of_model.items()
             if name in self.shapes and tuple(tensor.shape) != self.shapes[name]
         ]
-        if not held.keys() & self.shapes.keys():
+        if not of_model.keys() & self.shapes.keys():
             wrong = ["they have no parameter or buffer in common"]
         if wrong:
             raise PlanError("the plan was made for another model:\n  " + "\n  ".join(wrong[:4]))
@@ -183,17 +185,18 @@ def _valid(name: str, positions: Sequence[int], size: int) -> tuple[int, ...]:
 def _kept(coupling: Coupling, groups: Mapping[str, Sequence[int]]) -> dict[str, dict[int, torch.Tensor]]:
     """Kept positions per dim of each state tensor that shrinks, under all its names."""
     keep = coupling.keep({n: k for n, k in groups.items() if len(k) < coupling.atoms[n].size})
-    memo: dict[Any, Mask] = {}
+    memo: dict[Axis, Mask] = {}
+
+    @functools.cache
+    def positions(axis: Axis) -> torch.Tensor | None:
+        mask = coupling.axes.mask(axis, keep, memo)
+        return None if mask.all() else torch.from_numpy(np.flatnonzero(mask))
+
     kept: dict[str, dict[int, torch.Tensor]] = {}
     for value in coupling.program.state:
-        if not value.target:
-            continue
-        dims = {}
-        for d, axis in enumerate(coupling.dims[value]):
-            mask = coupling.axes.mask(axis, keep, memo)
-            if not mask.all():
-                dims[d] = torch.from_numpy(np.flatnonzero(mask))
-        if dims:
+        found = [positions(coupling.axes.find(axis)) for axis in coupling.dims[value]]
+        dims = {d: stay for d, stay in enumerate(found) if stay is not None}
+        if value.target and dims:
             kept[value.target] = dims
     for alias, target in coupling.program.aliases.items():
         if target in kept:

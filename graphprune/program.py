@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import linecache
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -47,7 +47,7 @@ class SymbolicInt:
     hint: int
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(frozen=True, eq=False)
 class Node:
     """One op call.
 
@@ -84,13 +84,19 @@ class Node:
         source = f" ({self.source})" if self.source else ""
         return f"{self.op} in {self.module or 'the model itself'}{source}"
 
-    def values(self) -> Iterator[Value]:
+    def values(self) -> tuple[Value, ...]:
         """Every tensor among the arguments, lists included, in schema order."""
+        return self._values
+
+    @functools.cached_property
+    def _values(self) -> tuple[Value, ...]:
+        found: list[Value] = []
         for argument in self.arguments.values():
             if isinstance(argument, Value):
-                yield argument
+                found.append(argument)
             elif isinstance(argument, (tuple, list)):
-                yield from (a for a in argument if isinstance(a, Value))
+                found += [a for a in argument if isinstance(a, Value)]
+        return tuple(found)
 
 
 @dataclass(frozen=True, eq=False)

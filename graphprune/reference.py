@@ -19,9 +19,8 @@ from graphprune.coupling import Coupling
 from graphprune.interpret import interpret
 from graphprune.plan import Plan
 from graphprune.program import Node
-from graphprune.rewrite.state import held
 from graphprune.rules import Applied
-from graphprune.trace import Inputs, run
+from graphprune.trace import Inputs, held, parameters, run
 
 FAINT = 1e-2
 """A parameter whose largest value is below this is drawn anew for the comparison on fresh inputs."""
@@ -144,7 +143,7 @@ def lively(model: nn.Module, seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     state: dict[str, torch.Tensor] = {}
     made: dict[int, torch.Tensor] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in parameters(model):
         if not parameter.is_floating_point() or parameter.numel() == 0 or parameter.detach().abs().max() >= FAINT:
             continue
         if id(parameter) not in made:

@@ -26,8 +26,7 @@ from graphprune.program import Node
 from graphprune.reference import Masked, like, lively, reference, shuffled, zeroed
 from graphprune.rewrite import Emit, rewrite
 from graphprune.rewrite.precision import apart, in_full_precision, is_double, is_traced, raised, to_compare
-from graphprune.rewrite.state import held
-from graphprune.trace import Inputs, own_failure, run, trace
+from graphprune.trace import Inputs, held, own_failure, run, trace
 
 TOLERANCE: Mapping[str, float] = {"float64": 1e-9, "float64 with parts in float32": 1e-5, "float32": 1e-4}
 """Largest relative error accepted, by the precision compared in. Models run in float64 where they can."""

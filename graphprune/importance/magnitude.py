@@ -19,7 +19,10 @@ from graphprune.importance import choice
 from graphprune.importance.fallback import complete
 from graphprune.importance.protocol import Importance, Scores
 from graphprune.importance.weights import NO_FILTER, OVER, Over, Slot, loaded, slots
+from graphprune.trace import parameters
 
+PART = 1 << 16
+"""Elements of a weight that are widened to float64 at a time."""
 Reduce = Literal["norm", "mean", "max"]
 Normalize = Literal["mean", "max", "size"] | None
 _Members: TypeAlias = list[tuple[torch.Tensor, int]]
@@ -83,7 +86,7 @@ class Magnitude:
         Raises:
             InputError: a weight is on the meta device, or holds NaN or infinity.
         """
-        parameters = dict(model.named_parameters(remove_duplicate=False))
+        weights = dict(parameters(model))
         sizes = {name: atom.size for name, atom in coupling.atoms.items()}
         starts = dict(zip(sizes, itertools.accumulate((0, *sizes.values())), strict=False))
         first = {atom: starts[name] for name, atom in coupling.atoms.items()}
@@ -91,7 +94,7 @@ class Magnitude:
         total = torch.zeros(sum(sizes.values()), dtype=torch.float64)
         count = torch.zeros_like(total)
         found = slots(coupling, self.over)
-        for (axis, atoms), members in _by_axis(found, parameters, self.p).items():
+        for (axis, atoms), members in _by_axis(found, weights, self.p).items():
             whole = len(atoms) == sum(atom in first for atom in coupling.axes.leaves(axis))
             given = (first, memo) if whole else ({atom: first[atom] for atom in atoms}, {})
             self._add(members, coupling.axes.places(axis, *given), total, count)
@@ -130,13 +133,13 @@ class Magnitude:
 
 
 def _by_axis(
-    found: Sequence[Slot], parameters: Mapping[str, torch.Tensor], p: float
+    found: Sequence[Slot], weights: Mapping[str, torch.Tensor], p: float
 ) -> dict[tuple[Axis, frozenset[Atom]], _Members]:
     """The members, by what they have in common: the axis, and the groups that are meant in it."""
     members: dict[tuple[Axis, frozenset[Atom]], _Members] = {}
     for value, same in itertools.groupby(found, key=lambda slot: slot.value):
         held = list(same)
-        powers = _powers(parameters[value.target], value.target, [slot.dim for slot in held], p)
+        powers = _powers(weights[value.target], value.target, [slot.dim for slot in held], p)
         for slot, power in zip(held, powers, strict=True):
             elements = math.prod(value.shape) // value.shape[slot.dim]
             members.setdefault((slot.axis, slot.atoms), []).append((power, elements))
@@ -151,19 +154,30 @@ def _powers(parameter: torch.Tensor, name: str, dims: Sequence[int], p: float) -
     """
     loaded(parameter, name)
     others, weight = [d for d in range(parameter.dim()) if d not in dims], parameter.detach()
-    if any(parameter.shape[d] > 1 for d in others):  # one pass over the weight, without a copy of it
-        wide = torch.complex128 if parameter.is_complex() else torch.float64
-        held = _power(torch.linalg.vector_norm(weight, p, dim=others, dtype=wide), p)
+    if any(parameter.shape[d] > 1 for d in others):
+        held = _summed(weight, others, p)
     else:
-        weight = weight.reshape([parameter.shape[d] for d in dims])
-        held = _power((weight.abs() if parameter.is_complex() else weight).double(), p)
+        held = _powered(weight.reshape([parameter.shape[d] for d in dims]) if others else weight, p)
     sums = [
         held.sum([k for k in range(len(dims)) if k != d]).cpu() if len(dims) > 1 else held.cpu()
         for d in range(len(dims))
     ]
-    if not sums[0].isfinite().all():  # of one dim, as each sum is over all elements
+    if not math.isfinite(sums[0].sum()):  # of one dim, as each sum is over all elements
         raise InputError(f"{name} holds NaN or infinity, or values too large for the {p}-th power; it has no norm")
     return sums
+
+
+def _summed(weight: torch.Tensor, dims: list[int], p: float) -> torch.Tensor:
+    """The sum of the p-th powers over `dims`, without a copy of the whole weight in float64."""
+    if 0 not in dims:
+        wide = torch.complex128 if weight.is_complex() else torch.float64
+        return _power(torch.linalg.vector_norm(weight, p, dim=dims, dtype=wide), p)
+    rows = max(1, PART // max(1, weight[0].numel()))  # a norm over the first dim is many times slower
+    return torch.stack([_powered(part, p).sum(dims) for part in torch.split(weight, rows)]).sum(0)
+
+
+def _powered(x: torch.Tensor, p: float) -> torch.Tensor:
+    return _power((x.abs() if x.is_complex() else x).double(), p)
 
 
 def _power(x: torch.Tensor, p: float) -> torch.Tensor:

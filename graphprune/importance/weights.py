@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from graphprune.coupling import Coupling, ties
 from graphprune.errors import InputError
 from graphprune.program import Value
 from graphprune.rules.call import operand_values
+from graphprune.trace import parameters
 
 Over = Literal["all", "filters"]
 """Of the weights removed with a channel: all of them, or those that compute it, without biases and scales."""
@@ -47,11 +49,16 @@ def slots(coupling: Coupling, over: Over) -> list[Slot]:
     """
     grouped = frozenset(coupling.atoms.values())
     filters = _filters(coupling) if over == "filters" else None
+
+    @functools.cache
+    def groups(axis: Axis) -> frozenset[Atom]:
+        return grouped.intersection(coupling.axes.leaves(axis))
+
     found = []
     for value in coupling.program.parameters:
         for d, dim in enumerate(coupling.dims[value]):
             axis = coupling.axes.find(dim)
-            meant = grouped.intersection(coupling.axes.leaves(axis))
+            meant = groups(axis)
             if filters is not None:
                 meant &= filters[value, d]
             if meant:
@@ -114,11 +121,11 @@ def elements(model: nn.Module, coupling: Coupling, over: Over = "all") -> Iterat
         >>> [(name, *e.shape) for name, e in elements(net, gp.couple(gp.trace(net, torch.zeros(1, 3))))]
         [('0', 8, 3), ('0', 8, 1), ('0', 8, 5)]
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    weights = dict(parameters(model))
     names = {atom: name for name, atom in coupling.atoms.items()}
     for slot in slots(coupling, over):
         for atom in slot.atoms:
-            yield names[atom], rows(parameters[slot.value.target], slot, atom, coupling)
+            yield names[atom], rows(weights[slot.value.target], slot, atom, coupling)
 
 
 def rows(tensor: torch.Tensor, slot: Slot, atom: Atom, coupling: Coupling) -> torch.Tensor:

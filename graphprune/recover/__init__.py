@@ -21,7 +21,7 @@ from graphprune.recover.batchnorm import reestimated
 from graphprune.recover.consumers import changed
 from graphprune.recover.quality import Quality, qualities
 from graphprune.recover.sequential import merged, refit
-from graphprune.rewrite.state import held
+from graphprune.trace import held
 
 __all__ = ["METHODS", "Method", "Quality", "Repair", "repair"]
 

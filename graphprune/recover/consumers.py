@@ -17,8 +17,8 @@ from graphprune.calibrate import Moments, consumers
 from graphprune.coupling import Coupling
 from graphprune.plan import Plan
 from graphprune.recover.shifts import shifts
-from graphprune.rewrite.state import held
 from graphprune.solvers import coefficients
+from graphprune.trace import held
 
 RIDGE = 1e-4
 """Added to the diagonal of second moments, at least, relative to its mean."""

@@ -22,9 +22,8 @@ from graphprune.plan import Plan
 from graphprune.program import Node, Program
 from graphprune.recover.consumers import Change
 from graphprune.recover.shifts import shifts
-from graphprune.rewrite.state import held
 from graphprune.solvers import factorise
-from graphprune.trace import Inputs, signature
+from graphprune.trace import Inputs, held, signature
 
 RIDGE = 1e-3
 """Added to the diagonal of second moments, relative to their mean: how much a weight is held where it is."""

@@ -102,7 +102,7 @@ def _part(coupling: Coupling, program: Program, call: Call, path: str) -> Coupli
     wholes: list[tuple[Value, Value]] = []
     for own, other in _aligned(program, coupling.program, path):
         if other is None:
-            wholes.append((next(own.values()), own.outputs[0]))
+            wholes.append((own.values()[0], own.outputs[0]))
             if wholes[-1][0] in dims:
                 dims[own.outputs[0]] = dims[wholes[-1][0]]
             continue
@@ -150,7 +150,7 @@ def _aligned(program: Program, whole: Program, path: str) -> Iterator[tuple[Node
 
 
 def _is_whole(node: Node) -> bool:
-    return node.op in ("slice", "alias") and next(node.values()).shape == node.outputs[0].shape
+    return node.op in ("slice", "alias") and node.values()[0].shape == node.outputs[0].shape
 
 
 # -- what the source holds for -----------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from graphprune.rewrite.forward import NAMESPACE, Forward, forward_of
 from graphprune.rewrite.module import Readings
 from graphprune.rewrite.parts import Parts, calls
 from graphprune.rewrite.state import lookup
-from graphprune.trace import Inputs, run, trace
+from graphprune.trace import Inputs, modules, run, trace
 
 READINGS = 4
 """How many readings of ambiguous attributes are tried with grafts."""
@@ -138,7 +138,7 @@ def _stopped_in(model: nn.Module, inputs: Inputs, *, dry: bool) -> str | None:
     Args:
         dry: run on the meta device, where the original is known to run.
     """
-    names = {id(module): name for name, module in model.named_modules()}
+    names = {id(module): name for name, module in modules(model)}
     stack = [""]
 
     def enter(module: nn.Module, _: Any) -> None:

@@ -13,9 +13,9 @@ from graphprune.couple import exported
 from graphprune.coupling import Coupling
 from graphprune.errors import GraphpruneError
 from graphprune.plan import Plan
-from graphprune.rewrite.state import held, lookup, replacements, smaller
+from graphprune.rewrite.state import lookup, replacements, smaller
 from graphprune.rewrite.writer import Writer
-from graphprune.trace import Inputs, trace
+from graphprune.trace import Inputs, held, modules, trace
 
 
 def emit_graph(model: nn.Module, inputs: Inputs, coupling: Coupling, plan: Plan) -> tuple[nn.Module, str]:
@@ -40,7 +40,7 @@ def emit_graph(model: nn.Module, inputs: Inputs, coupling: Coupling, plan: Plan)
     graph_module.graph._tracer_extras = None
     small = fx.GraphModule(graph_module, graph_module.graph, class_name=type(model).__name__)
     _take_state(small, model, plan)
-    for module in small.modules():
+    for _, module in modules(small):
         module.training = model.training
     return small, limits
 

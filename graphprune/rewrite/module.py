@@ -24,7 +24,7 @@ from graphprune.errors import RewriteError, TraceError
 from graphprune.plan import Plan
 from graphprune.rewrite.state import deepcopied, lookup, replacements, results
 from graphprune.rules.call import Path
-from graphprune.trace import Inputs, trace, untouched
+from graphprune.trace import Inputs, modules, trace, untouched
 
 TRIES = 16
 """How many readings of ambiguous attributes are tried before giving up."""
@@ -209,7 +209,7 @@ _TORCH: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Callable[[Any
 
 def _refresh(model: nn.Module) -> None:
     """Bring weights that hooks of torch.nn.utils compute before each forward in line with what they come from."""
-    for module in model.modules():
+    for _, module in modules(model):
         computing = [h for h in module._forward_pre_hooks.values() if type(h).__module__.startswith("torch.nn.utils.")]
         training = module.training
         for hook in computing:
@@ -221,9 +221,10 @@ def _refresh(model: nn.Module) -> None:
 
 def _settled(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Per path of a torch.nn module, its size attributes as its weights say; reading those may move buffers."""
-    computed = any("parametrizations" in module._modules for module in model.modules())
+    found = modules(model, remove_duplicate=False)
+    computed = any("parametrizations" in module._modules for _, module in found)
     with untouched(model) if computed else nullcontext(), torch.no_grad():
-        return {path: _by_weights(module) for path, module in model.named_modules(remove_duplicate=False)}
+        return {path: _by_weights(module) for path, module in found}
 
 
 def _by_weights(module: nn.Module) -> dict[str, Any]:
@@ -237,7 +238,7 @@ def _by_weights(module: nn.Module) -> dict[str, Any]:
 def _set_torch_attributes(model: nn.Module) -> None:
     """Bring the size attributes of torch.nn modules in line with their weights."""
     settled = _settled(model)
-    for path, module in model.named_modules():
+    for path, module in modules(model):
         for name, value in settled[path].items():
             if hasattr(module, name) and getattr(module, name) != value:
                 setattr(module, name, value)

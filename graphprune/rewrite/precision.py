@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 
 from graphprune.errors import RewriteError
 from graphprune.rewrite.graft import retold, source_of
-from graphprune.rewrite.state import deepcopied, held, results
-from graphprune.trace import Inputs, run
+from graphprune.rewrite.state import deepcopied, results
+from graphprune.trace import Inputs, held, modules, run
 
 
 def copied(module: nn.Module) -> nn.Module:
@@ -23,7 +23,7 @@ def copied(module: nn.Module) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, on copying the signature of a graph module
         made = deepcopied(module, dict(results(module)))
-    for part in made.modules():
+    for _, part in modules(made):
         if not isinstance(part, torch.jit.ScriptModule):
             vars(part)["training"] = False
     return made
@@ -42,7 +42,7 @@ def raised(module: nn.Module) -> nn.Module:
     def wider(argument: Any) -> Any:
         return torch.float64 if argument is torch.float32 else argument
 
-    for part in made.modules():
+    for _, part in modules(made):
         if isinstance(part, fx.GraphModule):
             for node in part.graph.nodes:
                 node.args = fx.node.map_aggregate(node.args, wider)
@@ -55,7 +55,7 @@ def raised(module: nn.Module) -> nn.Module:
 
 def is_traced(module: nn.Module) -> bool:
     """Whether some of its code comes from a trace, which states dtypes that the user's code may only have inherited."""
-    return any(isinstance(part, fx.GraphModule) or source_of(part) for part in module.modules())
+    return any(isinstance(part, fx.GraphModule) or source_of(part) for _, part in modules(module))
 
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -98,7 +98,7 @@ def apart(original: nn.Module) -> Iterator[None]:
     Raises:
         RewriteError: it does; the message names the module or the weight.
     """
-    names = {id(module): name for name, module in original.named_modules()}
+    names = {id(module): name for name, module in modules(original)}
 
     def check(module: nn.Module, _: Any) -> None:
         if id(module) in names:

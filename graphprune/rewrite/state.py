@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import copyreg
 import functools
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -14,13 +15,7 @@ from torch.utils import _pytree as pytree
 
 from graphprune.errors import RewriteError
 from graphprune.plan import Plan, sliced
-from graphprune.trace import forget, same_random_numbers
-
-
-def held(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter and buffer of `model` under each of its names."""
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
+from graphprune.trace import forget, held, is_plain, modules, same_random_numbers
 
 
 def smaller(tensor: torch.Tensor, name: str, plan: Plan) -> torch.Tensor:
@@ -43,13 +38,15 @@ def replacements(model: nn.Module, plan: Plan) -> dict[int, torch.Tensor]:
 def results(model: nn.Module) -> dict[int, torch.Tensor]:
     """Copies of what `model` keeps of earlier forwards, by id, without the graph that would forbid copying it."""
     kept: list[Any] = []
-    for module in model.modules():
+    for _, module in modules(model):
         for name, value in vars(module).items():
             if isinstance(value, torch.Tensor):
                 kept.append(value)
             elif isinstance(value, (dict, list, tuple)) and value and name not in ("_parameters", "_modules"):
-                kept += pytree.tree_leaves(value)
-    return {id(t): t.detach().clone() for t in kept if isinstance(t, torch.Tensor) and not t.is_leaf}
+                items = value.values() if isinstance(value, dict) else value
+                kept += [item for item in items if not is_plain(item)]
+    tensors = (leaf for leaf in pytree.tree_leaves(kept) if isinstance(leaf, torch.Tensor))
+    return {id(t): t.detach().clone() for t in tensors if not t.is_leaf}
 
 
 def deepcopied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
@@ -59,22 +56,59 @@ def deepcopied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         RewriteError: the model cannot be copied, or gives parts of itself in place of a copy.
     """
     name = type(model).__name__
-    for module in model.modules():  # most of a module is empty dicts of hooks, which are slow to copy one by one
-        memo.update({id(h): OrderedDict() for h in vars(module).values() if type(h) is OrderedDict and not h})
     try:
         with same_random_numbers(model):
-            made: nn.Module = copy.deepcopy(model, memo)
+            made: nn.Module = _copy(model, memo)
     except Exception as error:
         raise RewriteError(f"{name} cannot be copied: {type(error).__name__}: {error}") from error
-    modes = [(part, part.training) for part in made.modules() if not isinstance(part, torch.jit.ScriptModule)]
+    modes = [(part, part.training) for _, part in modules(made) if not isinstance(part, torch.jit.ScriptModule)]
     forget(made)
     for part, training in modes:
         vars(part)["training"] = training  # a class may refuse to have attributes set
-    own = {id(part) for part in model.modules()} | {id(tensor) for _, tensor in held(model)}
-    shared = [path for path, part in (*made.named_modules(), *held(made)) if id(part) in own]
+    own = {id(part) for _, part in modules(model)} | {id(tensor) for _, tensor in held(model)}
+    shared = [path for path, part in (*modules(made), *held(made)) if id(part) in own]
     if shared:
         raise RewriteError(f"{name} cannot be copied: __deepcopy__ gives {shared[0] or 'the model'} itself, not a copy")
     return made
+
+
+def _copy(held: Any, memo: dict[int, Any]) -> Any:
+    """What `copy.deepcopy` gives, sooner: modules are full of numbers, names and empty containers."""
+    if id(held) in memo:
+        return memo[id(held)]
+    if isinstance(held, nn.Module):
+        return _copy_module(held, memo)
+    kind = type(held)
+    if kind is not dict and not (kind in _EMPTY and not held):
+        return copy.deepcopy(held, memo)
+    made = memo[id(held)] = kind()
+    for key, value in held.items() if held else ():
+        made[key if is_plain(key) else _copy(key, memo)] = value if is_plain(value) else _copy(value, memo)
+    return made
+
+
+_EMPTY = frozenset({OrderedDict, set, list})
+
+
+def _copy_module(module: Any, memo: dict[int, Any]) -> Any:
+    """A copy by its attributes, unless the module or its class has a way of its own to be copied or pickled."""
+    kind: Any = type(module)
+    if _pickles_its_own_way(kind) or getattr(module, "__deepcopy__", None) is not None:
+        return copy.deepcopy(module, memo)
+    made = memo[id(module)] = object.__new__(kind)
+    state = module.__getstate__().items()
+    made.__setstate__({name: value if is_plain(value) else _copy(value, memo) for name, value in state})
+    return made
+
+
+@functools.cache
+def _pickles_its_own_way(kind: type) -> bool:
+    """Whether a class of modules says itself how it is taken apart and made."""
+    own = {name for base in kind.__mro__ if base not in (object, nn.Module) for name in vars(base)}
+    return kind in copyreg.dispatch_table or not own.isdisjoint(_PICKLING)
+
+
+_PICKLING = ("__new__", "__reduce__", "__reduce_ex__", "__getstate__", "__getnewargs__", "__getnewargs_ex__")
 
 
 def _attributes(model: nn.Module, plan: Plan) -> Iterator[tuple[str, torch.Tensor]]:

@@ -146,8 +146,8 @@ class Call:
         Raises:
             RuleError: there is none.
         """
-        for value in self.node.values():
-            return value
+        if self.node.values():
+            return self.node.values()[0]
         raise RuleError(f"{self.node} has no tensor argument")
 
     @property

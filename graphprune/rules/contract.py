@@ -97,7 +97,7 @@ def attention(call: Call) -> Sequence[Dims]:
 def embedding_bag(call: Call) -> Sequence[Dims]:
     """Rows of a table, added, averaged or compared feature by feature; the rows stay whole."""
     rows, features = call.dims(call["weight"])
-    for axis in (rows, *(a for v in list(call.node.values())[1:] for a in call.dims(v))):
+    for axis in (rows, *(a for v in call.node.values()[1:] for a in call.dims(v))):
         call.pin(axis, "embedding_bag looks up and divides its positions")
     bags, *others = (v.shape for v in call.node.outputs)
     wide = [tuple(features if n == features.size and k else call.pinned(n, "embedding_bag makes it")
@@ -113,7 +113,7 @@ def grouped(call: Call) -> Sequence[Dims]:
     Raises:
         RuleError: rows or columns are cut into runs in another way.
     """
-    ranks = [len(call.dims(v)) for v in list(call.node.values())[:2]]
+    ranks = [len(call.dims(v)) for v in call.node.values()[:2]]
     if ranks == [3, 3] and call["offs"] is None:
         return _MATMUL[2, 2](call)
     if ranks != [2, 3]:

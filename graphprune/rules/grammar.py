@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from graphprune.errors import RuleError
 
 Mark = Literal["", "!", "~"]
+Key: TypeAlias = tuple[str, int]
+"""A name and, for `*names`, the position from the right."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,15 @@ class Nest:
     parts: tuple[Name | Nest, ...]
     total: bool
 
+    @functools.cached_property
+    def keys(self) -> tuple[Key, ...]:
+        """What the names inside are found by."""
+        return tuple((n.letter, 0) for n in flat(self.parts))
+
 
 Token: TypeAlias = Name | Nest
+Spread: TypeAlias = tuple[tuple[Token, int], ...]
+"""One token per dim, with the position from the right inside a *name (0 for the others)."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,40 @@ class Operand:
 
     tokens: tuple[Token, ...]
     optional: bool = False
+
+    @functools.cached_property
+    def stars(self) -> tuple[str, ...]:
+        """The letters of its *names."""
+        return tuple(t.letter for t in self.tokens if isinstance(t, Name) and t.star)
+
+    def spread(self, rank: int, known: tuple[int | None, ...]) -> tuple[tuple[int, ...], Spread] | None:
+        """How many dims each *name has in a tensor of `rank` dims, and the token of each dim; None if they do not fit.
+
+        Args:
+            rank: of the tensor.
+            known: how many dims each of `stars` has elsewhere; of two of them, one may be None.
+        """
+        if (rank, known) not in self._spreads:
+            self._spreads[rank, known] = self._spread(rank, known)
+        return self._spreads[rank, known]
+
+    @functools.cached_property
+    def _spreads(self) -> dict[Any, tuple[tuple[int, ...], Spread] | None]:
+        return {}
+
+    def _spread(self, rank: int, known: tuple[int | None, ...]) -> tuple[tuple[int, ...], Spread] | None:
+        free = rank - (len(self.tokens) - len(self.stars))
+        counts = (free,) * len(known)  # of one *name, whatever it is elsewhere
+        if len(known) == 2:
+            first = free - (known[1] or 0) if known[0] is None else known[0]
+            counts = first, free - first
+        if free < 0 or (not counts and free) or any(c < 0 for c in counts):
+            return None
+        left, out = iter(counts), []
+        for token in self.tokens:
+            n = next(left) if isinstance(token, Name) and token.star else 1
+            out += [(token, n - 1 - k) for k in range(n)]
+        return counts, tuple(out)
 
 
 @dataclass(frozen=True)

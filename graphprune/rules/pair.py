@@ -31,7 +31,7 @@ def _need(call: Call, axis: Axis, zero: bool) -> None:
 @function("cosine_similarity linalg_vecdot")
 def product_along(call: Call) -> Sequence[Dims]:
     """The product of two tensors summed along a dim; the cosine divides it by their norms along it."""
-    left, right = list(call.node.values())[:2]
+    left, right = call.node.values()[:2]
     aligned = _aligned(call, left, right)
     dim = call["dim"] % len(aligned)
     axis, a, b = aligned.pop(dim)
@@ -54,7 +54,7 @@ def cross(call: Call) -> Sequence[Dims]:
 @function("dist")
 def dist(call: Call) -> Sequence[Dims]:
     """The norm of a difference."""
-    left, right = list(call.node.values())[:2]
+    left, right = call.node.values()[:2]
     for axis, a, b in _aligned(call, left, right):
         _need(call, axis, a and b)
     return [()]
@@ -63,7 +63,7 @@ def dist(call: Call) -> Sequence[Dims]:
 @function("pairwise_distance")
 def pairwise_distance(call: Call) -> Sequence[Dims]:
     """The norm of a difference along the last dim; a constant is added to every position of it."""
-    left, right = list(call.node.values())[:2]
+    left, right = call.node.values()[:2]
     *rest, (axis, _, _) = _aligned(call, left, right)
     call.pin(axis, "pairwise_distance adds a constant to each of its positions")
     kept = [axis for axis, _, _ in rest]
@@ -73,7 +73,7 @@ def pairwise_distance(call: Call) -> Sequence[Dims]:
 @function("tensordot")
 def tensordot(call: Call) -> Sequence[Dims]:
     """A product summed over pairs of dims."""
-    left, right = list(call.node.values())[:2]
+    left, right = call.node.values()[:2]
     dims, others = call.dims(left), call.dims(right)
     gone = [d % len(dims) for d in call["dims_self"]]
     going = [d % len(others) for d in call["dims_other"]]
@@ -89,7 +89,7 @@ def tensordot(call: Call) -> Sequence[Dims]:
 @function("chain_matmul linalg_multi_dot")
 def chain(call: Call) -> Sequence[Dims]:
     """A product of matrices in a row, the first and the last of which may be vectors."""
-    values = list(call.node.values())
+    values = call.node.values()
     first, *rest = values
     out = list(zip(call.dims(first), call.zeros(first), strict=True))
     for value in rest:
@@ -103,7 +103,7 @@ def chain(call: Call) -> Sequence[Dims]:
 @function("kron")
 def kron(call: Call) -> Sequence[Dims]:
     """Every position of one tensor with every position of the other."""
-    left, right = list(call.node.values())[:2]
+    left, right = call.node.values()[:2]
     rank, out, zero = len(call.shape), [], []
     for d in range(-rank, 0):
         here = [v for v in (left, right) if -d <= len(v.shape)]

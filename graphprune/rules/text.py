@@ -17,17 +17,29 @@ counts as 0, and as 1 if its letter carries `?`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 from graphprune.axes import Atom, Axis, Prod, Sum
 from graphprune.errors import RuleError
 from graphprune.rules.call import Call, Dims, operand_values
-from graphprune.rules.grammar import Factor, Formula, Name, Nest, Operand, Token, count, flat, formula, names, operands
-
-Key: TypeAlias = tuple[str, int]
-"""A name and, for `*names`, the position from the right."""
+from graphprune.rules.grammar import (
+    Factor,
+    Formula,
+    Key,
+    Name,
+    Nest,
+    Operand,
+    Spread,
+    Token,
+    count,
+    flat,
+    formula,
+    names,
+    operands,
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,11 @@ class TextRule:
     zero: Formula
     summand: Formula
     fixed: Mapping[str, tuple[str, Any]]
+
+    @functools.cached_property
+    def whole(self) -> dict[str, Name]:
+        """The names whose positions matter, by letter."""
+        return {n.letter: n for o in (*self.inputs, *self.outputs) for n in flat(o.tokens) if n.mark == "!"}
 
     def __call__(self, call: Call, /, **sizes: int) -> Sequence[Dims]:
         """State what the pattern ties in this call; `sizes` gives letters that no single dim shows."""
@@ -128,7 +145,8 @@ class _Match:
 
     def __init__(self, rule: TextRule, call: Call, sizes: Mapping[str, int]) -> None:
         self.rule, self.call = rule, call
-        self.values = operand_values(call.node)[: len(rule.inputs)]
+        operands = operand_values(call.node)
+        self.values, self.first_output = operands[: len(rule.inputs)], len(operands)
         self.found: dict[Key, Axis] = {}
         self.rank: dict[str, int] = {}
         self.places: dict[Key, list[tuple[int, int]]] = {}
@@ -154,50 +172,37 @@ class _Match:
             elif not operand.optional and call[_nth(call, position)] is None:
                 raise RuleError(f"operand {position} of {rule.text!r} is absent in {call.node}")
         outputs = [
-            self._write(operand, value.shape, len(operand_values(call.node)) + i)
+            self._write(operand, value.shape, self.first_output + i)
             for i, (operand, value) in enumerate(zip(rule.outputs, call.node.outputs, strict=False))
         ]
         self._state()
+        terms = self._present(rule.zero)
         call.zero = [
-            tuple(
-                i == 0 and axis.size > 1 and self._zero(keys, rule.zero) for axis, keys in zip(dims, keyed, strict=True)
-            )
+            tuple(i == 0 and axis.size > 1 and self._zero(keys, terms) for axis, keys in zip(dims, keyed, strict=True))
             for i, (dims, keyed) in enumerate(zip(outputs, self.written, strict=True))
         ]
         return outputs
 
     # -- operands
 
-    def _spread(self, tokens: tuple[Token, ...], rank: int) -> list[tuple[Token, int]]:
-        """One token per dim, with the position from the right inside a *name (0 for the others).
+    def _spread(self, operand: Operand, rank: int) -> Spread:
+        """One token per dim.
 
         Raises:
             RuleError: the number of dims does not fit.
         """
-        stars = [t for t in tokens if isinstance(t, Name) and t.star]
-        free = rank - (len(tokens) - len(stars))
-        unknown = [s for s in stars if s.letter not in self.rank]
-        if len(stars) == 2:
-            if len(unknown) == 2:
-                raise RuleError(f"{self.rule.text!r}: cannot tell how many dims each *name has in {self.call.node}")
-            known = next(s for s in stars if s not in unknown)
-            count = {s.letter: self.rank[s.letter] if s is known else free - self.rank[known.letter] for s in stars}
-        else:
-            count = {s.letter: free for s in stars}
-        if free < 0 or (not stars and free) or any(c < 0 for c in count.values()):
+        known = tuple(self.rank.get(letter) for letter in operand.stars)
+        if known == (None, None):
+            raise RuleError(f"{self.rule.text!r}: cannot tell how many dims each *name has in {self.call.node}")
+        found = operand.spread(rank, known)
+        if found is None:
             raise RuleError(f"{self.rule.text!r} does not fit a tensor of {rank} dims in {self.call.node}")
-        out: list[tuple[Token, int]] = []
-        for token in tokens:
-            if isinstance(token, Name) and token.star:
-                n = count[token.letter]
-                self.rank.setdefault(token.letter, n)
-                out.extend((token, n - 1 - k) for k in range(n))
-            else:
-                out.append((token, 0))
-        return out
+        for letter, dims in zip(operand.stars, found[0], strict=True):
+            self.rank.setdefault(letter, dims)
+        return found[1]
 
     def _read(self, operand: Operand, dims: Dims, position: int) -> None:
-        for d, ((token, k), axis) in enumerate(zip(self._spread(operand.tokens, len(dims)), dims, strict=True)):
+        for d, ((token, k), axis) in enumerate(zip(self._spread(operand, len(dims)), dims, strict=True)):
             self._bind(token, k, axis, (position, d))
 
     def _bind(self, token: Token, k: int, axis: Axis, place: tuple[int, int]) -> None:
@@ -209,7 +214,7 @@ class _Match:
             held = self.found.get(key)
             self.found[key] = axis if held is None else self.call.unify(held, axis)
             return
-        if axis.size == 1 and any(self.found.get((n.letter, 0), axis).size > 1 for n in flat([token])):
+        if axis.size == 1 and any(self.found.get(key, axis).size > 1 for key in token.keys):
             return
         parts = self._nest(token, axis.size)
         made: Axis = Sum(*parts) if token.total else Prod(*parts)
@@ -220,17 +225,17 @@ class _Match:
         else:
             self.call.unify(axis, wide[0] if whole else made)
         if axis.size > 1:
-            for name in flat([token]):
-                self.places.setdefault((name.letter, 0), []).append(place)
+            for key in token.keys:
+                self.places.setdefault(key, []).append(place)
 
     def _fresh(self, token: Nest, atom: Axis) -> bool:
         """Whether `atom` was made for this very token, so that the dim's own axis can stand for it."""
-        return any(self.found[(n.letter, 0)] is atom and (n.letter, 0) not in self.places for n in flat([token]))
+        return any(self.found[key] is atom and key not in self.places for key in token.keys)
 
     def _rename(self, token: Nest, atom: Axis, axis: Axis) -> None:
-        for name in flat([token]):
-            if self.found[(name.letter, 0)] is atom:
-                self.found[(name.letter, 0)] = axis
+        for key in token.keys:
+            if self.found[key] is atom:
+                self.found[key] = axis
 
     def _nest(self, token: Nest, size: int) -> list[Axis]:
         """The axes of the parts of a bracket whose size is known; one part may be unknown so far.
@@ -277,7 +282,7 @@ class _Match:
     def _write(self, operand: Operand, shape: tuple[int, ...], position: int) -> Dims:
         out: list[Axis] = []
         keyed: list[list[Key]] = []
-        for d, ((token, k), size) in enumerate(zip(self._spread(operand.tokens, len(shape)), shape, strict=True)):
+        for d, ((token, k), size) in enumerate(zip(self._spread(operand, len(shape)), shape, strict=True)):
             if isinstance(token, Name):
                 key = (token.letter, k)
                 if key not in self.found:
@@ -287,7 +292,7 @@ class _Match:
                 parts = self._nest(token, size)
                 wide = [p for p in parts if p.size != (0 if token.total else 1)]
                 axis = wide[0] if len(wide) == 1 else Sum(*parts) if token.total else Prod(*parts)
-                keys = [(n.letter, 0) for n in flat([token])]
+                keys = list(token.keys)
             if axis.size != size:
                 raise RuleError(
                     f"{self.rule.text!r} gives dim {d} the size {axis.size}, but it is {size} in {self.call.node}"
@@ -310,8 +315,7 @@ class _Match:
     def _state(self) -> None:
         """Pins, literals, statistics, multiply-adds and sums."""
         rule, call = self.rule, self.call
-        names = flat([t for o in (*rule.inputs, *rule.outputs) for t in o.tokens])
-        for name in {n.letter: n for n in names if n.mark == "!"}.values():
+        for name in rule.whole.values():
             for axis in self._axes(name):
                 call.pin(axis, f"its positions matter to {call.node.op}")
         for letter, argument in rule.arguments.items():
@@ -330,29 +334,34 @@ class _Match:
                 call.fix(argument, value(axis.size), axis)
         call.ties.extend(tuple(p) for key, p in self.places.items() if len(p) > 1 and self.found[key].size > 1)
         written = {key for keyed in self.written for keys in keyed for key in keys}
-        pinned = {n.letter for n in names if n.mark == "!"}
         for key, axis in self.found.items():
-            if key in written or key[0] in pinned or axis.size <= 1:
+            if key in written or key[0] in rule.whole or axis.size <= 1:
                 continue
-            if not self._zero([key], rule.summand, only_with=True):
+            terms = tuple(t for t in self._present(rule.summand) if any(self._has(f, key) for f in t))
+            if not self._zero([key], terms):
                 call.pin(axis, f"{call.node.op} sums over it, and its removed channels are not zero there")
 
-    def _zero(self, keys: list[Key], formula: Formula, only_with: bool = False) -> bool:
-        """Whether every term of `formula` has a factor that is zero at removed positions of each of `keys`.
+    def _zero(self, keys: Sequence[Key], terms: Formula) -> bool:
+        """Whether every one of `terms` has a factor that is zero at removed positions of each of `keys`."""
+        for key in keys:
+            if self.found[key].size > 1:
+                zero = self._zero_operands(key)
+                if not all(any(f.operand in zero for f in term) for term in terms):
+                    return False
+        return True
 
-        `only_with` looks only at the terms that have an operand with that letter: the others are not summed over it.
-        """
-        return all(
-            any(self._factor_zero(f, key) for f in term)
-            for key in keys
-            if self.found[key].size > 1
-            for term in formula
-            if self._present(term) and not (only_with and not any(self._has(f, key) for f in term))
-        )
+    def _zero_operands(self, key: Key) -> set[int]:
+        """The operands that hold zeros at removed positions of a letter."""
+        found = set()
+        for position, d in self.places.get(key, ()):
+            value = self.values[position] if position < len(self.values) else None
+            if value is not None and self.call.zeros(value)[d]:
+                found.add(position)
+        return found
 
-    def _present(self, term: tuple[Factor, ...]) -> bool:
-        """A term with an absent operand is zero everywhere, unless that operand counts as one."""
-        return all(f.neutral or not self._absent(f.operand) for f in term)
+    def _present(self, formula: Formula) -> Formula:
+        """The terms without those that are zero everywhere: an operand is absent that does not count as one."""
+        return tuple(t for t in formula if all(f.neutral or not self._absent(f.operand) for f in t))
 
     def _absent(self, operand: int) -> bool:
         if operand >= len(self.values):
@@ -361,13 +370,6 @@ class _Match:
 
     def _has(self, factor: Factor, key: Key) -> bool:
         return any(position == factor.operand for position, _ in self.places.get(key, ()))
-
-    def _factor_zero(self, factor: Factor, key: Key) -> bool:
-        value = self.values[factor.operand] if factor.operand < len(self.values) else None
-        if value is None:
-            return False
-        zeros = self.call.zeros(value)
-        return any(zeros[d] for position, d in self.places.get(key, ()) if position == factor.operand)
 
 
 def _nth(call: Call, position: int) -> str:

@@ -73,7 +73,7 @@ def transform(call: Call) -> Sequence[Dims]:
 @function("diff trapz trapezoid cumulative_trapezoid gradient")
 def difference(call: Call) -> Sequence[Dims]:
     """Neighbours along a dim; what goes before and after it is concatenated, so only one tensor has a rule here."""
-    others = list(call.node.values())[1:]
+    others = call.node.values()[1:]
     if others or call.node.op == "gradient":
         return whole("{op} compares its neighbours")(call)
     gone = named(call, [-1])

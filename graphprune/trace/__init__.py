@@ -16,20 +16,25 @@ from graphprune.collector import paused
 from graphprune.errors import InputError, TraceError
 from graphprune.program import Program
 from graphprune.trace.export import export, nested_graph
-from graphprune.trace.inputs import Inputs, forget, output_tensors, run, same_random_numbers, untouched
+from graphprune.trace.inputs import Inputs, forget, is_plain, output_tensors, run, same_random_numbers, untouched
 from graphprune.trace.play import StandIn, play
 from graphprune.trace.record import record
 from graphprune.trace.refuse import Rewritten, check, check_written, own_failure
 from graphprune.trace.schema import signature
 from graphprune.trace.tree import register
+from graphprune.trace.walk import held, modules, parameters
 
 __all__ = [
     "Inputs",
     "StandIn",
     "forget",
+    "held",
+    "is_plain",
+    "modules",
     "nested_graph",
     "output_tensors",
     "own_failure",
+    "parameters",
     "play",
     "register",
     "run",

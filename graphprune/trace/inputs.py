@@ -8,7 +8,7 @@ import random
 import sys
 import warnings
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from graphprune.trace.tree import register
+from graphprune.trace.walk import modules, parameters
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def untouched(model: nn.Module, *, computing: bool = True) -> Iterator[None]:
         model: any module.
         computing: whether ops run in the block; without, no tensor can get other values, and none is kept.
     """
-    scripted = [(m, m.training) for m in model.modules() if isinstance(m, torch.jit.ScriptModule)]
+    scripted = [(m, m.training) for _, m in modules(model) if isinstance(m, torch.jit.ScriptModule)]
     fast_path = torch.backends.mha.get_fastpath_enabled()
     before = _Before(model, values=computing)
     try:
@@ -78,7 +79,7 @@ def untouched(model: nn.Module, *, computing: bool = True) -> Iterator[None]:
             warnings.filterwarnings("ignore", message="Using `torch.compile")  # of hooks that are not the user's
             torch.backends.mha.set_fastpath_enabled(False)
             forget(model)
-            for module in model.modules():
+            for _, module in modules(model):
                 if isinstance(module, torch.jit.ScriptModule):
                     module.training = False
                 else:  # a class may refuse to have attributes set
@@ -97,7 +98,7 @@ def forget(model: nn.Module) -> None:
     They do so on entering training mode. Only those that keep tensors in a dict of their own are asked, each alone:
     others may do more there, as layers that merge weights do.
     """
-    for module in model.modules():
+    for _, module in modules(model):
         if type(module).train is not nn.Module.train and any(map(_keeps_tensors, vars(module).values())):
             children, vars(module)["_modules"] = module._modules, {}
             try:
@@ -122,8 +123,15 @@ def same_random_numbers(model: nn.Module | None = None) -> Iterator[None]:
         np.random.set_state(generators[1])
 
 
-_PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes})
+PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes})
+"""Types of values that nobody can change."""
+_CONTAINERS = frozenset({dict, OrderedDict, list, set, deque})
 _LEFT_ALONE = frozenset({*sys.stdlib_module_names, "torch", "numpy"})
+
+
+def is_plain(held: Any) -> bool:
+    """Whether it is a value that nobody can change: a number, a text, or a tuple of those."""
+    return type(held) in PLAIN or (type(held) is tuple and PLAIN.issuperset(map(type, held)))
 
 
 def _keeps_attributes(held: Any) -> bool:
@@ -149,34 +157,36 @@ class _Before:
         self.dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
         self.lists: list[tuple[Any, list[Any]]] = []
         self.others: list[Callable[[], object]] = []
-        rest: list[Any] = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+        rest: list[Any] = [m for _, m in modules(model) if not isinstance(m, torch.jit.ScriptModule)]
         seen: dict[int, Any] = {}  # kept alive, so that ids stay unique
         while rest:
             held = rest.pop()
-            if id(held) not in seen and not isinstance(held, (type, torch.jit.ScriptModule)):
-                seen[id(held)] = held
-                rest += self._note(held)
+            if id(held) in seen or isinstance(held, (type, torch.jit.ScriptModule)):
+                continue
+            seen[id(held)] = held
+            for inside in self._note(held):
+                if type(inside) in _CONTAINERS and not inside:  # most of a module is empty dicts of hooks
+                    self.empty.append(inside)
+                elif not is_plain(inside):
+                    rest.append(inside)
 
-    def _note(self, held: Any) -> list[Any]:
+    def _note(self, held: Any) -> Iterable[Any]:
         """Note one object; returns what it holds in turn."""
         if isinstance(held, dict):
             saved = dict(dict.items(held))
             self.dicts.append((held, saved))
-            inside = [v for v in saved.values() if type(v) not in _PLAIN]
-            # most of a module is empty dicts of hooks
-            self.empty += [v for v in inside if type(v) is OrderedDict and not v]
-            return [v for v in inside if type(v) is not OrderedDict or v]
+            return saved.values()
         if isinstance(held, (list, tuple, set, deque)):
             items = list(held)
             if not isinstance(held, tuple):
                 self.lists.append((held, items))
-            return [v for v in items if type(v) not in _PLAIN]
+            return items
         if isinstance(held, torch.Tensor):
             self.others.append(_undo_tensor(held, values=self.values))
         elif isinstance(held, torch.Generator):
             self.others.append(functools.partial(held.set_state, held.get_state()))
         elif _keeps_attributes(held):
-            return [vars(held)]
+            return self._note(vars(held))
         return []
 
     def restore(self) -> None:
@@ -238,4 +248,4 @@ def output_tensors(output: Any) -> list[torch.Tensor]:
 def _cuda_devices(model: nn.Module) -> list[int]:
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return []
-    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    return sorted({p.device.index or 0 for _, p in parameters(model) if p.device.type == "cuda"})

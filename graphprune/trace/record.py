@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -23,12 +23,13 @@ from torch.utils import _pytree as pytree
 
 from graphprune.errors import TraceError
 from graphprune.program import Node, Program, Value, is_library
-from graphprune.trace.inputs import Inputs
+from graphprune.trace.inputs import PLAIN, Inputs
 from graphprune.trace.refuse import Rewritten, written
 from graphprune.trace.schema import call_node, value
 from graphprune.trace.shapes import quick
 from graphprune.trace.state import State
 from graphprune.trace.tree import carried, register
+from graphprune.trace.walk import modules
 
 KNOWN_LIMIT = 1 << 16
 """Tensors made by the model's code keep their values up to this many elements."""
@@ -79,7 +80,7 @@ class _Recorder(SchemaCheckMode):  # type: ignore[no-untyped-call]
         self.storages = {_storage(tensor) for _, tensor, _ in self.state.named}
         self.modules: dict[int, str] = {}
         self.attributes: dict[int, str] = {}
-        for path, module in self.model.named_modules():
+        for path, module in modules(self.model):
             self.modules[id(module)] = path
             for name, held in vars(module).items():
                 if isinstance(held, torch.Tensor):
@@ -149,18 +150,19 @@ class _Recorder(SchemaCheckMode):  # type: ignore[no-untyped-call]
         kwargs = dict(kwargs or {})
         if func is torch.ops.aten._has_compatible_shallow_copy_type.default:
             self._refuse_new_memory(args[0])
-        noted, noted_kwargs = _map(self._noted, args), _map(self._noted, kwargs)
-        operands = [a for a in _leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
+        noted, noted_kwargs = _map(self._noted, args), {k: _map(self._noted, a) for k, a in kwargs.items()}
+        operands = _tensors((*args, *kwargs.values()))
         if constant := self._is_about_constants(func, operands, args):
             result = func(*args, **kwargs)
         else:
-            given = _map(self._without_values, args), _map(self._without_values, kwargs)
+            given = _map(self._without_values, args)
+            named = {k: _map(self._without_values, a) for k, a in kwargs.items()}
             if not operands and "device" in kwargs:
-                given[1]["device"] = META
-            result = quick(func, *given)
+                named["device"] = META
+            result = quick(func, given, named)
             if result is None:
                 with no_python_dispatcher():  # its decompositions cost more than the kernels they replace
-                    result = func(*given[0], **given[1])
+                    result = func(*given, **named)
         name = f"{func.__name__.partition('.')[0]}_{len(self.nodes)}"
         outputs = self._outputs(name, result)
         if func._schema.is_mutable and not constant:
@@ -225,7 +227,7 @@ class _Recorder(SchemaCheckMode):  # type: ignore[no-untyped-call]
         """New values for what a call returned; an in-place call gives its operand a new one."""
         if isinstance(result, torch.Tensor):
             return (self._know(result, value(name, result, "node")),)
-        leaves = [leaf for leaf in _leaves(result) if isinstance(leaf, torch.Tensor)]
+        leaves = _tensors([result])
         return tuple(self._know(leaf, value(f"{name}.{i}", leaf, "node")) for i, leaf in enumerate(leaves))
 
     # -- where calls come from ---------------------------------------------------------------------------------------
@@ -259,22 +261,20 @@ def _place(tensor: torch.Tensor) -> Any:
 
 
 def _map(change: Callable[[Any], Any], argument: Any) -> Any:
-    """`change` applied to everything in the arguments of an op: they nest in tuples, lists and one dict only."""
+    """`change` applied to everything but plain values in the arguments of an op, which nest in tuples and lists."""
     if isinstance(argument, (tuple, list)):
-        return type(argument)([_map(change, a) for a in argument])
-    if isinstance(argument, dict):
-        return {k: _map(change, a) for k, a in argument.items()}
+        return type(argument)([a if type(a) in PLAIN else _map(change, a) for a in argument])
     return change(argument)
 
 
-def _leaves(argument: Any) -> Iterator[Any]:
-    if isinstance(argument, (tuple, list)):
-        for a in argument:
-            yield from _leaves(a)
-    elif isinstance(argument, dict):
-        yield from _leaves(tuple(argument.values()))
-    else:
-        yield argument
+def _tensors(arguments: Iterable[Any]) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            found.append(argument)
+        elif isinstance(argument, (tuple, list)):
+            found += _tensors(argument)
+    return found
 
 
 def _twin(tensor: torch.Tensor) -> torch.Tensor:

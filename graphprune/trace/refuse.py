@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import nn
 from graphprune.errors import InputError, TraceError
 from graphprune.program import Program, Value
 from graphprune.trace.inputs import Inputs
+from graphprune.trace.walk import held, modules, parameters_and_buffers
 
 
 def check(model: object, inputs: Inputs) -> None:
@@ -27,9 +28,10 @@ def check(model: object, inputs: Inputs) -> None:
         raise InputError(f"model is a {type(model).__name__}, not a torch.nn.Module; pass the module itself")
     if isinstance(model, torch.jit.ScriptModule):
         raise InputError("model is a ScriptModule, which has no Python to trace; pass the module it was scripted from")
-    for problem in (*_parts(model), *_state(model), *_given(inputs)):
+    of_training, others = parameters_and_buffers(model)
+    for problem in (*_parts(model), *_state([*of_training, *others]), *_given(inputs)):
         raise InputError(problem)
-    _check_devices(model, inputs)
+    _check_devices(of_training, others, inputs)
 
 
 # -- parts of the model ------------------------------------------------------------------------------------------------
@@ -42,7 +44,7 @@ _QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch
 def _parts(model: nn.Module) -> Iterator[str]:
     if isinstance(model, nn.DataParallel):
         yield "model is wrapped in DataParallel; prune model.module and wrap the result again"
-    for path, part in model.named_modules():
+    for path, part in modules(model):
         kinds = _kinds(type(part))  # type: ignore[arg-type]
         what, name = path or "model", type(part).__name__
         if _REPLICATED in kinds:
@@ -50,7 +52,7 @@ def _parts(model: nn.Module) -> Iterator[str]:
             yield f"{what} is wrapped in {name}; {inner} and wrap the result again"
         elif _SHARDED in kinds:
             yield f"{what} is sharded by {name}; prune the model before it is sharded, then shard the result"
-        elif isinstance(part, torch.jit.ScriptModule) and any(True for _ in (*part.parameters(), *part.buffers())):
+        elif isinstance(part, torch.jit.ScriptModule) and held(part):
             yield f"{what} is a ScriptModule with weights; put the module it was made from in its place"
         elif type(part).__module__.startswith(_QUANTISED):
             yield f"{what} is a quantised {name}; prune the float model and quantise the result"
@@ -65,9 +67,12 @@ def _kinds(part: Any) -> frozenset[str]:
 # -- tensors -----------------------------------------------------------------------------------------------------
 
 
-def _state(model: nn.Module) -> Iterator[str]:
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
+Named = Iterable[tuple[str, torch.Tensor]]
+
+
+def _state(named: Named) -> Iterator[str]:
+    for name, tensor in named:
+        if nn.parameter.is_lazy(tensor):
             yield f"{name} is not initialised yet; run the model once on real inputs, then prune it"
         elif type(tensor).__name__ == "DTensor":
             yield f"{name} is sharded over devices; prune the model before it is sharded, then shard the result"
@@ -98,17 +103,18 @@ def _odd_kind(tensor: torch.Tensor) -> tuple[str, str] | None:
     return next(((what, instead) for holds, what, instead in _ODD if holds(tensor)), None)
 
 
-def _check_devices(model: nn.Module, inputs: Inputs) -> None:
+def _check_devices(of_training: Named, others: Named, inputs: Inputs) -> None:
     """Refuse inputs and parameters that are apart.
 
     Raises:
         InputError: they are on different devices, or a part of the parameters has no values.
     """
-    unloaded = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    homes = {p.device for p in (*model.parameters(), *model.buffers())}
-    if unloaded and any(not p.is_meta for p in model.parameters()):
+    unloaded = [(name, p) for name, p in of_training if p.is_meta]
+    homes = {tensor.device for _, tensor in (*of_training, *others)}
+    if unloaded and any(not p.is_meta for _, p in of_training):
+        count = len({id(p) for _, p in unloaded})
         raise InputError(
-            f"{len(unloaded)} parameters, such as {unloaded[0]}, are on the meta device and the others are not; "
+            f"{count} parameters, such as {unloaded[0][0]}, are on the meta device and the others are not; "
             "load their values first"
         )
     given = {t.device for t in inputs.tensors()}
@@ -136,10 +142,9 @@ def check_written(program: Program) -> None:
     """
     root: dict[Value, Value] = {}
     for node in program.nodes:
-        first = next(node.values(), None)
-        if first is None:
+        if not node.values():
             continue
-        first = root.get(first, first)
+        first = root.get(node.values()[0], node.values()[0])
         writes = node.op.endswith("_") and not node.op.endswith("__")
         if writes and first.kind == "parameter":
             raise Rewritten(written(program.model_class, first.target, f", by {node}"))
@@ -184,7 +189,7 @@ def _advice(model: nn.Module, error: str) -> str:
     said = next((advice for text, advice in _SAID if text in error), None)
     suspects = (
         f"{path or 'it'} is a {type(part).__name__}, which no trace can look into; {advice}"
-        for path, part in model.named_modules()
+        for path, part in modules(model)
         for belongs, advice in _SUSPECTS
         if belongs(part)
     )

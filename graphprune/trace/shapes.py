@@ -1,6 +1,7 @@
 """Results of frequent ops without running them: their kernels for the meta device are slow Python.
 
-Only for plain cases: contiguous floats whose operands fit. Anything else runs the kernel, which says what is wrong.
+Only for plain cases: floats whose operands fit, in the usual layouts. Anything else runs the kernel, which says what is
+wrong.
 """
 
 from __future__ import annotations
@@ -16,16 +17,31 @@ aten = torch.ops.aten
 def quick(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
     """What `target` returns for operands on the meta device; None where its kernel has to say."""
     shape = _SHAPES.get(target)
-    if shape is None or kwargs or not args or not isinstance(args[0], torch.Tensor):
+    if shape is None or not args or not _HARMLESS.issuperset(kwargs):
         return None
-    if not args[0].is_contiguous() or not args[0].is_floating_point():
+    x = args[0][0] if isinstance(args[0], list) and args[0] else args[0]
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
         return None
+    layout = torch.contiguous_format
+    if shape not in _MAKE_CONTIGUOUS and not x.is_contiguous():
+        if shape not in _KEEP_LAYOUT or not _is_channels_last(x):
+            return None
+        layout = torch.channels_last
     found = shape(*args)
     if found is None:
         return None
     if target._schema.is_mutable:
-        return args[0] if found == args[0].shape else None
-    return torch.empty(found, dtype=args[0].dtype, device="meta")
+        return x if found == x.shape else None
+    return torch.empty(found, dtype=x.dtype, device="meta", memory_format=layout)
+
+
+_HARMLESS = frozenset({"alpha", "approximate", "scale"})
+"""Keyword arguments that change neither shape nor type."""
+
+
+def _is_channels_last(x: torch.Tensor) -> bool:
+    """Whether it is so without a doubt: a dim of size 1 can be anywhere."""
+    return x.dim() == 4 and 1 not in x.shape[1:] and x.is_contiguous(memory_format=torch.channels_last)
 
 
 Shape = Sequence[int]
@@ -60,7 +76,12 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
 def _broadcast(x: torch.Tensor, other: Any) -> Shape | None:
     if isinstance(other, (int, float)):
         return x.shape
-    if not isinstance(other, torch.Tensor) or other.dtype != x.dtype or not other.is_contiguous():
+    if not isinstance(other, torch.Tensor) or other.dtype != x.dtype:
+        return None
+    if not x.is_contiguous():  # beside it only what is laid out alike, or one number per channel
+        per_channel = other.is_contiguous() and other.shape[-3:] == (x.shape[1], 1, 1) and other.numel() == x.shape[1]
+        return x.shape if per_channel or (other.shape == x.shape and other.stride() == x.stride()) else None
+    if not other.is_contiguous():
         return None
     return x.shape if x.shape == other.shape else _common(x.shape, other.shape)
 
@@ -81,19 +102,70 @@ def _mean(x: torch.Tensor, dims: Any, keep: bool = False) -> Shape | None:
     return torch.Size(kept)
 
 
+def _convolution(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Any = None,
+    padding: Any = None,
+    dilation: Any = None,
+    groups: int = 1,
+) -> Shape | None:
+    rank = x.dim() - 2
+    steps, pads, gaps = stride or [1] * rank, padding or [0] * rank, dilation or [1] * rank
+    if not weight.dim() - 2 == len(steps) == len(pads) == len(gaps) == rank or isinstance(pads, str):
+        return None
+    fits = x.shape[1] == weight.shape[1] * groups and weight.shape[0] % groups == 0 and x.dtype == weight.dtype
+    if not fits or not x.numel() or not _fit(weight.shape[:1], bias) or min(steps) < 1 or min(pads) < 0:
+        return None
+    sizes = [
+        (n + 2 * pad - gap * (k - 1) - 1) // step + 1
+        for n, k, step, pad, gap in zip(x.shape[2:], weight.shape[2:], steps, pads, gaps, strict=True)
+    ]
+    return (x.shape[0], weight.shape[0], *sizes) if min(sizes) > 0 else None
+
+
+def _adaptive_pool(x: torch.Tensor, size: Shape) -> Shape | None:
+    return (*x.shape[:2], *size) if x.dim() == 4 and x.numel() and min(size) > 0 else None
+
+
+def _cat(tensors: Sequence[torch.Tensor], dim: int = 0) -> Shape | None:
+    first = tensors[0]
+    rank, dtype = first.dim(), first.dtype
+    if not -rank <= dim < rank or any(
+        t.dim() != rank or t.dtype != dtype or not t.is_contiguous() or not t.numel() for t in tensors
+    ):
+        return None
+    dim %= rank
+    if len({(t.shape[:dim], t.shape[dim + 1 :]) for t in tensors}) > 1:
+        return None
+    return (*first.shape[:dim], sum(t.shape[dim] for t in tensors), *first.shape[dim + 1 :])
+
+
+def _attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None, *_: Any
+) -> Shape | None:
+    if mask is not None or not query.dim() == key.dim() == value.dim() == 4:
+        return None
+    alike = query.dtype == key.dtype == value.dtype and query.shape[:2] == key.shape[:2] == value.shape[:2]
+    fits = alike and query.shape[3] == key.shape[3] and key.shape[2] == value.shape[2]
+    return (*query.shape[:3], value.shape[3]) if fits else None
+
+
+_POINTWISE = ("gelu", "hardsigmoid", "hardswish", "hardtanh", "relu", "relu6", "sigmoid", "silu", "tanh")
+_KEEP_LAYOUT = {_same, _broadcast}
+_MAKE_CONTIGUOUS = {_layer_norm, _convolution, _attention}
 _SHAPES: Mapping[Any, Callable[..., Shape | None]] = {
     aten.batch_norm.default: _batch_norm,
     aten.layer_norm.default: _layer_norm,
     aten.group_norm.default: _group_norm,
     aten.linear.default: _linear,
-    aten.gelu.default: _same,
-    aten.hardswish.default: _same,
-    aten.hardswish_.default: _same,
-    aten.hardsigmoid.default: _same,
-    aten.hardsigmoid_.default: _same,
-    aten.hardtanh.default: _same,
-    aten.hardtanh_.default: _same,
-    aten.relu6.default: _same,
+    **{getattr(aten, name).default: _convolution for name in ("conv1d", "conv2d", "conv3d")},
+    aten.adaptive_avg_pool2d.default: _adaptive_pool,
+    aten.cat.default: _cat,
+    aten.scaled_dot_product_attention.default: _attention,
+    **{getattr(aten, name).default: _same for name in _POINTWISE},
+    **{getattr(aten, f"{name}_").default: _same for name in _POINTWISE},
     **{getattr(aten, name).Tensor: _broadcast for name in ("add", "sub", "mul", "div", "add_", "mul_")},
     aten.mean.dim: _mean,
 }

@@ -11,6 +11,7 @@ from torch import nn
 
 from graphprune.program import Kind, Node, Program, Value
 from graphprune.trace.schema import value
+from graphprune.trace.walk import parameters_and_buffers
 
 
 class State:
@@ -22,11 +23,11 @@ class State:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        kinds: tuple[tuple[Kind, Iterable[tuple[str, torch.Tensor]]], ...] = (
-            ("parameter", model.named_parameters(remove_duplicate=False)),
-            ("buffer", model.named_buffers(remove_duplicate=False)),
-        )
-        self.named = [(name, tensor, kind) for kind, named in kinds for name, tensor in named]
+        of_training, others = parameters_and_buffers(model)
+        self.named: list[tuple[str, torch.Tensor, Kind]] = [
+            *((name, tensor, "parameter") for name, tensor in of_training),
+            *((name, tensor, "buffer") for name, tensor in others),
+        ]
         self._tensors: dict[str, torch.Tensor | None] = {name: tensor for name, tensor, _ in self.named}
         self.values: dict[Any, Value] = {}
         self.aliases: dict[str, str] = {}

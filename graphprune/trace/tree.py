@@ -12,6 +12,8 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from graphprune.trace.walk import modules
+
 
 def register(tree: Any) -> bool:
     """Let pytree look into the dataclasses and the objects holding tensors in `tree`; True if any class was new."""
@@ -86,7 +88,7 @@ def carried(model: nn.Module, output: Any) -> list[bool]:
 
 def _takes(model: nn.Module, name: str) -> bool:
     """Whether the model or a part of it has an argument of that name."""
-    forwards = {type(module): module.forward for module in model.modules()}
+    forwards = {type(module): module.forward for _, module in modules(model)}
     return any(name in inspect.signature(forward).parameters for forward in forwards.values())
 
 

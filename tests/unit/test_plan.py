@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import graphprune as gp
 from graphprune.cost import macs, params, widths
+from graphprune.importance.magnitude import PART
 from tests.nets import Attention, CifarResNet, DenseBlock, UNet
 
 
@@ -101,6 +102,16 @@ def test_magnitude_is_the_norm_of_everything_removed_with_a_channel():
     torch.testing.assert_close(scores, want.detach())
     one = gp.importance.Magnitude(p=1)(model, gp.couple(gp.trace(model, torch.rand(1, 3))))["0"]
     torch.testing.assert_close(one, (first.abs().sum(1) + bias.abs() + last.abs().sum(0)).detach())
+
+
+@pytest.mark.parametrize("p", [1, 2, 2.5])
+def test_magnitude_of_a_weight_that_is_read_in_parts(p):
+    model = nn.Sequential(nn.Linear(3, 500), nn.ReLU(), nn.Linear(500, 301)).double()
+    assert model[2].weight.numel() > 2 * PART
+    x = torch.rand(1, 3, dtype=torch.float64)
+    scores = gp.importance.Magnitude(p=p)(model, gp.couple(gp.trace(model, x)))["0"]
+    every = torch.cat([model[0].weight, model[0].bias[:, None], model[2].weight.T], dim=1)
+    torch.testing.assert_close(scores, torch.linalg.vector_norm(every, p, dim=1).detach(), rtol=1e-12, atol=0)
 
 
 def test_magnitude_of_heads_and_head_dims_sums_over_the_other_factor():

@@ -8,7 +8,6 @@ from torch import nn
 from torch.nn import functional as F
 
 import graphprune as gp
-from graphprune.trace import shapes
 
 
 def groups(program: gp.Program) -> set[tuple[str, int, frozenset]]:
@@ -200,63 +199,6 @@ def test_hooks_and_flags_are_gone_after_a_failure():
 def test_an_unknown_front_end_is_refused(options):
     with pytest.raises(gp.InputError, match="it is 'auto', 'record' or, with an open batch size, 'export'"):
         gp.trace(nn.Linear(3, 5), torch.zeros(2, 3), **options)
-
-
-def operand(*shape: int) -> torch.Tensor:
-    return torch.empty(shape, device="meta")
-
-
-aten = torch.ops.aten
-BINARY = [op for op, shape in shapes._SHAPES.items() if shape is shapes._broadcast]
-QUICK = [
-    (aten.batch_norm.default, (operand(2, 3, 5), *[operand(3)] * 4, False, 0.1, 1e-5, True)),
-    (aten.batch_norm.default, (operand(2, 3), None, None, operand(3), operand(3), False, 0.1, 1e-5, True)),
-    (aten.layer_norm.default, (operand(2, 3, 5), [3, 5], operand(3, 5), None)),
-    (aten.group_norm.default, (operand(2, 6, 5), 3, operand(6), operand(6))),
-    (aten.linear.default, (operand(2, 7, 3), operand(5, 3), operand(5))),
-    (aten.linear.default, (operand(2, 3).double(), operand(5, 3).double())),
-    (aten.mean.dim, (operand(2, 3, 5), [-1, 1])),
-    (aten.mean.dim, (operand(2, 3, 5), [1, 2], True)),
-    *((op, (operand(2, 3, 5), operand(2, 3, 5))) for op in BINARY),
-    *((op, (operand(2, 3, 5), 2)) for op in BINARY),
-    *((op, (operand(2, 3, 5), operand(2, 1, 5))) for op in BINARY),
-    *((op, (operand(2, 3, 5), operand(3, 1))) for op in BINARY),
-    *((op, (operand(2, 3, 1), operand(2, 1, 5))) for op in BINARY if not op._schema.is_mutable),
-    *((op, (operand(2, 3, 5),)) for op in shapes._SHAPES if shapes._SHAPES[op] is shapes._same),
-]
-
-
-@pytest.mark.parametrize(("op", "args"), QUICK, ids=[str(op) for op, _ in QUICK])
-def test_what_is_not_run_looks_as_if_it_had_been(op, args):
-    got, want = shapes.quick(op, args, {}), op(*args)
-    assert (got.shape, got.stride(), got.dtype, got.device) == (want.shape, want.stride(), want.dtype, want.device)
-    assert (got is args[0]) == op._schema.is_mutable
-
-
-def test_every_op_that_is_not_run_is_tested():
-    assert {op for op, _ in QUICK} == set(shapes._SHAPES)
-
-
-@pytest.mark.parametrize(
-    ("op", "args"),
-    [
-        (aten.linear.default, (operand(2, 4), operand(5, 3))),
-        (aten.linear.default, (operand(2, 3), operand(5, 3), operand(4))),
-        (aten.linear.default, (operand(2, 3).half(), operand(5, 3))),
-        (aten.batch_norm.default, (operand(2, 3, 5), operand(4), *[operand(3)] * 3, False, 0.1, 1e-5, True)),
-        (aten.layer_norm.default, (operand(2, 3), [4])),
-        (aten.group_norm.default, (operand(2, 5, 3), 3)),
-        (aten.gelu.default, (operand(2, 3).int(),)),
-        (aten.add.Tensor, (operand(2, 3), operand(2, 3).double())),
-        (aten.add.Tensor, (operand(2, 3), operand(2, 4))),
-        (aten.add.Tensor, (operand(2, 3), operand(3, 2).t())),
-        (aten.add_.Tensor, (operand(2, 1), operand(2, 3))),
-        (aten.mean.dim, (operand(2, 3), None)),
-        (aten.gelu.default, (operand(2, 3).t(),)),
-    ],
-)
-def test_what_does_not_fit_is_left_to_the_kernel(op, args):
-    assert shapes.quick(op, args, {}) is None
 
 
 class Autocasting(nn.Module):
