@@ -129,11 +129,11 @@ def run(job: Job, args: argparse.Namespace, stop: threading.Event) -> Record:
         return record | {"missing": reason}
     if job.about.get("params", 0) >= args.limit_params * 1e6:
         return record | {"too_large": f"{job.about['params'] / 1e6:.0f} M parameters"}
-    ours = job.tool == "graphprune"
-    return record | supervise(
+    seconds = args.limit if job.tool == "graphprune" else args.peer_limit
+    return (record | {"limit_s": seconds}) | supervise(
         zoo_tools.measure,
         (job.section, job.model, job.tool, args.threads),
-        seconds=args.limit if ours else args.peer_limit,
+        seconds=seconds,
         memory=args.memory * 2**30,
         stop=stop,
     )
@@ -169,8 +169,6 @@ def environment(args: argparse.Namespace) -> Record:
         "machine": platform.machine(),
         "device": "cpu",
         "jobs": args.jobs,
-        "limit_s": args.limit,
-        "peer_limit_s": args.peer_limit,
         "memory_gib": args.memory,
         "limit_params_millions": args.limit_params,
     }

@@ -116,11 +116,16 @@ def conditions(results: Results) -> list[str]:
     threads = ", ".join(str(n) for n in sorted({record["threads"] for record in records}))
     load = max(record["load_average"] for record in records)
     env = results.data["environment"]
+    limits: dict[str, set[str]] = {}
+    for record in records:
+        if "limit_s" in record:
+            limits.setdefault(record["tool"], set()).add(f"{record['limit_s']:g} s")
+    limited = ", ".join(f"{tool} {' and '.join(sorted(seconds))}" for tool, seconds in limits.items())
     packages = ", ".join(f"{package} {' and '.join(sorted(v))}" for package, v in found.items())
     return [
         f"{packages}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}; seed 0; {threads} thread(s), "
         f"{env['jobs']} process(es) at a time on {env['cpus']} CPUs ({env['machine']}), load average up to {load:.1f};",
-        f"limits {env['limit_s']:g} s (peers {env['peer_limit_s']:g} s) and {env['memory_gib']:g} GiB.",
+        f"limits: {limited}; {env['memory_gib']:g} GiB.",
     ]
 
 
