@@ -115,6 +115,7 @@ class Program:
         overlapping: names of different state tensors that share storage, such as a weight and its transpose.
         dynamic_batch: whether the batch size was left open.
         source: the exported program behind it, which can be run and rewritten; None if the calls were only recorded.
+        unrecorded: why it was exported, where recording was tried first and given up.
     """
 
     model_class: str
@@ -128,6 +129,7 @@ class Program:
     overlapping: tuple[tuple[str, ...], ...]
     dynamic_batch: bool
     source: Any = field(repr=False, default=None)
+    unrecorded: str = ""
 
     @property
     def parameters(self) -> tuple[Value, ...]:

@@ -10,6 +10,7 @@ from graphprune.allocate import Target
 from graphprune.cost import COSTS, widths
 from graphprune.coupling import Coupling, PinnedAxis, Unknown
 from graphprune.plan import Plan
+from graphprune.program import Program
 from graphprune.recover import Quality, Repair
 from graphprune.rewrite import Rewritten
 from graphprune.verify import Verification
@@ -51,6 +52,7 @@ class Report:
         pinned: parts of parameters that stayed whole, with the cause.
         unknown: ops without a rule.
         unused: parameters and buffers that the traced forward does not read.
+        traced: "recorded", or "exported" and why, if recording was tried.
         emitter: "module", "graft" or "graph".
         reason: why the emitters before it were passed over; empty if it was the first.
         grafts: paths of the modules whose forward comes from the trace.
@@ -65,6 +67,7 @@ class Report:
     pinned: tuple[PinnedAxis, ...]
     unknown: tuple[Unknown, ...]
     unused: tuple[str, ...]
+    traced: str
     emitter: str
     reason: str
     grafts: tuple[str, ...]
@@ -81,6 +84,7 @@ class Report:
         kinds = Counter(w.exactness for w in self.groups)
         classes = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
         lines.append(f"  groups    {smaller} of {len(self.groups)} smaller ({classes})")
+        lines.append(f"  traced    {self.traced}")
         lines.append(f"  emitted   {self.emitter}" + (f" because {self.reason}" if self.reason else ""))
         if self.grafts:
             more = f" and {len(self.grafts) - 3} more" if len(self.grafts) > 3 else ""
@@ -139,6 +143,12 @@ def _said(quality: Quality) -> str:
     return f"{loss}output off by {quality.error:.3g}{agreement}"
 
 
+def _traced(program: Program) -> str:
+    if program.source is None:
+        return "recorded"
+    return "exported" + (f" because of {program.unrecorded.splitlines()[0]}" if program.unrecorded else "")
+
+
 def report(
     coupling: Coupling,
     plan: Plan,
@@ -162,6 +172,7 @@ def report(
         pinned=coupling.pinned,
         unknown=coupling.unknown,
         unused=tuple(n for n in coupling.program.unused if not n.endswith("num_batches_tracked")),
+        traced=_traced(coupling.program),
         emitter=rewritten.emitter,
         reason=rewritten.reason,
         grafts=rewritten.grafts,

@@ -7,6 +7,7 @@ ops, before autograd or decompositions: a convolution or an attention product is
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -72,6 +73,7 @@ def trace(
     inputs = Inputs.of(example_inputs)
     check(model, inputs)
     register((inputs.args, dict(inputs.kwargs)))
+    unrecorded = ""
     if front_end == "record" or (front_end == "auto" and not dynamic_batch):
         try:
             with paused(), untouched(model, computing=False), torch.no_grad():
@@ -81,12 +83,13 @@ def trace(
         except Rewritten as error:
             raise TraceError(str(error)) from error
         except Exception as error:
+            unrecorded = f"{type(error).__name__}: {error}"
             if front_end == "record":
-                what = f"{type(error).__name__}: {error}"
-                raise TraceError(f"{type(model).__name__} cannot be recorded: {what}\nuse front_end='auto'") from error
+                message = f"{type(model).__name__} cannot be recorded: {unrecorded}\nuse front_end='auto'"
+                raise TraceError(message) from error
     with untouched(model), torch.no_grad():
         inputs = inputs.map(torch.clone)  # one tensor passed twice stands for two; and code may write to its inputs
         batch_dims = [(0,) if t.dim() else () for t in inputs.tensors()] if dynamic_batch else []
-        program = export(model, inputs, batch_dims)
+        program = replace(export(model, inputs, batch_dims), unrecorded=unrecorded)
     check_written(program)
     return program

@@ -298,3 +298,22 @@ def test_a_script_module_is_refused_with_the_cure():
         script = torch.jit.trace(nn.Linear(3, 2), torch.rand(1, 3))
     with pytest.raises(gp.InputError, match="pass the module it was scripted from"):
         gp.trace(script, torch.rand(2, 3))
+
+
+def test_the_program_and_the_report_say_why_a_model_was_exported():
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 8), nn.Linear(8, 5)
+
+        def forward(self, x):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return self.b(self.a(x))
+
+    net, x = Branching().eval(), torch.rand(2, 3)
+    assert "autocast" in gp.trace(net, x).unrecorded
+    assert gp.trace(net, x, front_end="export").unrecorded == ""
+    report = gp.prune(net, x, target=gp.Target(channels=0.5)).report
+    assert "exported because of TraceError: autocast" in str(report)
+    plain = gp.prune(nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 5)), x, target=gp.Target(channels=0.5)).report
+    assert "traced    recorded" in str(plain)
