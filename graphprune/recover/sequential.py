@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,9 +19,10 @@ from graphprune.calibrate import CHUNK, UNFOLDED_LIMIT, Batch, Consumer, columns
 from graphprune.coupling import Coupling
 from graphprune.interpret import Replay
 from graphprune.plan import Plan
-from graphprune.program import Node, Program
+from graphprune.program import Node, Program, Value
 from graphprune.recover.consumers import Change
 from graphprune.recover.shifts import shifts
+from graphprune.recover.streams import branches
 from graphprune.solvers import factorise
 from graphprune.trace import Inputs, held, signature
 
@@ -29,6 +30,8 @@ RIDGE = 1e-3
 """Added to the diagonal of second moments, relative to their mean: how much a weight is held where it is."""
 MEMORY = 2 << 30
 """Bytes of what the original's layers read that are kept at once."""
+FAINT = 1e-2
+"""Channels that a batch norm scales by less than this, relative to the largest, make up for nothing."""
 ROWS = 64
 """Positions of feature maps that a fit uses, per column of the weight; more are thinned out evenly."""
 
@@ -80,6 +83,7 @@ class _Refit:
         self.dense, self.small = dict(held(model)), dict(held(small))
         self.plan, self.shifts = plan, shifts(coupling.program)
         self.inputs: dict[str, tuple[torch.Tensor, Consumer]] = {}
+        self.original: dict[str, torch.Tensor] = {}
         self.written: dict[str, torch.Tensor] = {}
         self.ridges: dict[str, float] = {}
         self.left: dict[str, str] = {}
@@ -95,11 +99,20 @@ class _Refit:
             else:
                 found[layer.node.name] = layer
         overwritten = {v for node in program.nodes if node.op.endswith("_") for v in node.values()}
+        self.branches = branches(program)
+        wanted = {branch.stream for branch in self.branches.values()}
+        self.streams: dict[Value, torch.Tensor] = {}
 
         def stand_in(node: Node, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            layer = found.get(node.name)
+            layer, shown = found.get(node.name), [v for v in node.values() if v in wanted and v not in self.streams]
+            if layer is None and not shown:
+                return
+            given = dict(zip(signature(func)[1], args, strict=False)) | dict(kwargs)
+            for value in shown:
+                held = next((given[name] for name, v in node.arguments.items() if v is value), None)
+                if isinstance(held, torch.Tensor):
+                    self.streams[value] = held.clone() if value in overwritten else held
             if layer is not None:
-                given = dict(zip(signature(func)[1], args, strict=False)) | dict(kwargs)
                 x = given[layer.argument].detach()
                 with torch.autocast(x.device.type, enabled=False):
                     each(layer, x.clone() if layer.value in overwritten else x)
@@ -117,8 +130,11 @@ class _Refit:
         return f"each output has {shape[1:].numel()} weights, more than {UNFOLDED_LIMIT}" if many else ""
 
     def keep(self, layer: Consumer, x: torch.Tensor) -> None:
-        """Keep what a layer of the original reads."""
+        """Keep what a layer of the original reads, and the stream that its output is added to, if that is there yet."""
         self.inputs[layer.weight] = x, layer
+        branch = self.branches.get(layer.weight)
+        if branch is not None and branch.stream in self.streams:
+            self.original[layer.weight] = self.streams[branch.stream]
 
     def fit(self, layer: Consumer, x: torch.Tensor) -> None:
         """Fit the weight of a layer of the small model, and write it."""
@@ -131,39 +147,74 @@ class _Refit:
         dense = dense if out is None else dense.index_select(0, out)
         shift, shape = self.shifts.get(name), now.shape
         d, w = (t.reshape(layer.groups, shape[0] // layer.groups, -1) for t in (dense, now))
-        got, want, second, cross = self._moments(layer, x)
+        got, want, second, cross = self._moments(layer, x, d, out)
         if shift is not None:
             second = second - got[:, :, None] * got[:, None, :]
             cross = cross - want[:, :, None] * got[:, None, :]
         factor, self.ridges[name] = factorise(second, RIDGE, RIDGE)
-        w = w + torch.cholesky_solve((d @ cross - w @ second).mT, factor).mT
+        w = w + torch.cholesky_solve((cross - w @ second).mT, factor).mT
         made = w.reshape(shape)
         self._write(name, made.T if layer.transposed else made)
         if shift is not None:
-            delta = torch.einsum("goc,gc->go", d, want) - torch.einsum("goc,gc->go", w, got)
+            delta = want - torch.einsum("goc,gc->go", w, got)
             base = self.dense[shift.name].detach().double().cpu()
             base = base if out is None else base.index_select(0, out)
             self._write(shift.name, base + shift.sign * delta.reshape(-1))
 
-    def _moments(self, layer: Consumer, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Means of both inputs, second moments of the small one's, and cross moments, per group of the convolution."""
+    def _moments(
+        self, layer: Consumer, x: torch.Tensor, dense: torch.Tensor, out: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        """Means of the small layer's input and of the output it should have, second moments of the input, and cross
+        moments of output and input, per group of the convolution.
+        """
         shape = self.dense[layer.weight].shape
         kernel, taps = tuple(shape[2:]), shape[2:].numel()
         original, theirs = self.inputs.pop(layer.weight)
         samples = max(1, CHUNK // max(1, original[0].numel() * taps))
         most = max(1, ROWS * shape[1:].numel() // len(original))
-        pieces = (
+        pieces = [
             columns(which, t, kernel, taps, samples=samples, most=most) for which, t in ((theirs, original), (layer, x))
-        )
+        ]
+        lacking = self._lacking(layer, out)
+        if lacking is not None:
+            pieces.append(_rows(lacking, samples, most, channels_last=not layer.node.op.startswith("conv")))
+        weight = dense.to(original)
         rows, sums = 0, [torch.zeros(()).double() for _ in range(4)]
-        for want, got in zip(*pieces, strict=True):
+        for want, got, *more in zip(*pieces, strict=True):
             if want.shape[0] > got.shape[0]:  # whole groups of the convolution are gone
                 want = want[(self.plan.kept[layer.weight][0] // (shape[0] // want.shape[0])).unique()]
+            output = want @ weight.mT
+            if more:
+                output = output + more[0].unflatten(1, (layer.groups, -1)).movedim(1, 0)
             rows += got.shape[1]
-            parts = got.sum(1), want.sum(1), got.mT @ got, want.mT @ got
+            parts = got.sum(1), output.sum(1), got.mT @ got, output.mT @ got
             sums = [a + b.double().cpu() for a, b in zip(sums, parts, strict=True)]
         return tuple(s / rows for s in sums)
+
+    def _lacking(self, layer: Consumer, out: torch.Tensor | None) -> torch.Tensor | None:
+        """What the stream that the layer's output is added to lacks, in units of that output; None if there is none."""
+        branch = self.branches.get(layer.weight)
+        stream = self.original.pop(layer.weight, None)
+        if branch is None or stream is None or branch.stream not in self.streams:
+            return None
+        dim = 1 if layer.node.op.startswith("conv") else -1
+        stream = stream if out is None else stream.index_select(dim, out.to(stream.device))
+        lacking = stream - self.streams[branch.stream]
+        if branch.scale:
+            factor = self.small[branch.scale] / (self.small[branch.variance] + branch.eps).sqrt()
+            usable = factor.abs() > FAINT * factor.abs().max()
+            inverse = torch.where(usable, 1 / factor, 0).to(lacking)
+            lacking = lacking * (inverse.view(-1, *[1] * (lacking.dim() - 2)) if dim == 1 else inverse)
+        return lacking
 
     def _write(self, name: str, value: torch.Tensor) -> None:
         self.written[name] = value
         self.small[name].copy_(value)
+
+
+def _rows(x: torch.Tensor, samples: int, most: int, *, channels_last: bool) -> Iterator[torch.Tensor]:
+    """An output by position, (rows, channels), in the pieces and order of `columns`."""
+    if channels_last:
+        x = x.reshape(len(x), -1, x.shape[-1]).mT if x.dim() > 2 else x[..., None]
+    for piece in torch.split(x.flatten(2), samples):
+        yield piece[:, :, :: math.ceil(piece.shape[2] / most)].mT.flatten(0, 1)
