@@ -53,7 +53,7 @@ def accuracy_text(data: Record) -> list[str]:
         f"CIFAR-10, {data['calibration_images']} training images to calibrate; {versions}; {env['threads']} thread(s);",
         f"{env['date']}. Percent of the 10 000 test images; with a tilde, of the first 2000, where fewer than 60 % of",
         "those were right. Every group keeps the same fraction, the largest that meets the target of multiply-adds.",
-        "`all` prunes every group, `inner` keeps the residual stream. A cell shows, in this order: no repair / nothing but",
+        "`all` prunes every group, `inner` keeps the residual stream. A cell shows, in order: no repair / nothing but",
         "batch-norm statistics taken anew / means given back / least squares. Where several seeds were run: mean ±",
         "standard deviation (seeds). torch-pruning is not repaired; its networks are the largest within the same",
         "target, by the same count.",
