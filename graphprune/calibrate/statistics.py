@@ -237,9 +237,8 @@ def columns(
         x = x[None]
     for piece in torch.split(x, samples or max(1, CHUNK // max(1, x[0].numel() * taps))):
         unfold = taps > 1 or (math.prod(kernel) == 1 and _skips(consumer))
-        positions = _unfolded(consumer, piece, kernel) if unfold else piece.flatten(2)
-        step = math.ceil(positions.shape[2] / most) if most else 1
-        split = positions[:, :, ::step].unflatten(1, (consumer.groups, -1))  # type: ignore[no-untyped-call]
+        positions = _unfolded(consumer, piece, kernel, most) if unfold else _thinned(piece.flatten(2), most)
+        split = positions.unflatten(1, (consumer.groups, -1))  # type: ignore[no-untyped-call]
         yield split.permute(1, 0, 3, 2).flatten(1, 2)
 
 
@@ -251,7 +250,7 @@ def _skips(consumer: Consumer) -> bool:
     )
 
 
-def _unfolded(consumer: Consumer, x: torch.Tensor, kernel: tuple[int, ...]) -> torch.Tensor:
+def _unfolded(consumer: Consumer, x: torch.Tensor, kernel: tuple[int, ...], most: int) -> torch.Tensor:
     """The input of a convolution by tap, (samples, channels * taps, positions)."""
     given = consumer.node.arguments
     stride, dilation, padding = (_sides(given[name], len(kernel)) for name in ("stride", "dilation", "padding"))
@@ -259,8 +258,25 @@ def _unfolded(consumer: Consumer, x: torch.Tensor, kernel: tuple[int, ...]) -> t
         both = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
         x, padding = F.pad(x, [n for p in reversed(both) for n in (p // 2, p - p // 2)]), (0,) * len(kernel)
     if len(kernel) == 1:
-        return F.unfold(x[:, :, None], (1, *kernel), (1, *dilation), (0, *padding), (1, *stride))
-    return F.unfold(x, kernel, dilation, padding, stride)
+        x, kernel, stride, dilation, padding = x[:, :, None], (1, *kernel), (1, *stride), (1, *dilation), (0, *padding)
+    size = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, p, d, k, s in zip(x.shape[2:], padding, dilation, kernel, stride, strict=True)
+    ]
+    chosen = _thinned(torch.arange(math.prod(size), device=x.device), most)
+    if len(chosen) == math.prod(size):
+        return F.unfold(x, kernel, dilation, padding, stride)
+    x = F.pad(x, [n for p in reversed(padding) for n in (p, p)])  # few of the positions: read them alone
+    down, right = (
+        place * s + torch.arange(k, device=x.device)[:, None] * d
+        for place, s, k, d in zip((chosen // size[1], chosen % size[1]), stride, kernel, dilation, strict=True)
+    )
+    return x[:, :, down[:, None], right[None]].flatten(1, 3)
+
+
+def _thinned(positions: torch.Tensor, most: int) -> torch.Tensor:
+    """At most so many along the last dim, evenly spaced; all with 0."""
+    return positions[..., :: math.ceil(positions.shape[-1] / most)] if most else positions
 
 
 def _sides(given: Any, rank: int) -> Any:

@@ -1,0 +1,150 @@
+"""What importance criteria and repair are worth, and what they cost.
+
+    python benchmarks/importance.py --section accuracy --data DIR --weights resnet20-*.th resnet56-*.th
+    python benchmarks/importance.py --section accuracy ... --criteria Fisher --targets 0.7 --seeds 0 1 2
+    python benchmarks/importance.py --section speed
+    python benchmarks/importance.py --table                     # write the tables anew from the JSON
+
+Results go to `results/importance_SECTION.json` as they come and the tables to `results/importance.md`. A run goes on
+from what the results hold; with `--fresh` it starts anew.
+
+accuracy    ResNet-20 and ResNet-56 on CIFAR-10 (the weights of github.com/akamaster/pytorch_resnet_cifar10), pruned to
+            fractions of their multiply-adds by the same fraction of every group, without any training. DIR holds
+            `test.npz` and `train20k.npz` or the official `cifar-10-batches-py`. 1000 training images calibrate; a seed
+            chooses which. The test set gives the final number alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import importance_table
+import torch
+from importance_accuracy import CRITERIA, REPAIRS, SETTINGS, Subject, base, key, measured
+from importance_data import Test, calibration, cifar, networks, training
+from importance_peer import PEERS, Peer
+
+import graphprune as gp
+
+Record = dict[str, Any]
+SECTIONS = ("accuracy",)
+TARGETS = (0.9, 0.8, 0.7, 0.6, 0.5)
+
+
+class Results:
+    """A file of results, written after every one."""
+
+    def __init__(self, file: Path, *, fresh: bool) -> None:
+        self.file = file
+        self.data: Record = {} if fresh or not file.exists() else json.loads(file.read_text())
+
+    def write(self) -> None:
+        """In one step, so that a stop leaves the file whole."""
+        temporary = self.file.with_name(f".{self.file.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(self.data, indent=1) + "\n")
+        os.replace(temporary, self.file)
+
+
+def environment(args: argparse.Namespace) -> Record:
+    """What the numbers depend on, without naming the machine."""
+    packages = ("torch", "torch-pruning", "numpy")
+    versions = {"python": platform.python_version(), "graphprune": gp.__version__}
+    return {
+        "versions": versions | {name: importlib.metadata.version(name) for name in packages},
+        "date": datetime.date.today().isoformat(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "device": "cpu",
+        "threads": args.threads,
+    }
+
+
+def accuracy(args: argparse.Namespace, results: Results) -> None:
+    """Every cell asked for that the results lack."""
+    test, train = Test(*cifar.load_test(args.data, args.limit)), training(args.data)
+    loaded = networks(args.weights)
+    bases = results.data.setdefault("base", {})
+    cells: list[Record] = results.data.setdefault("cells", [])
+    results.data |= {"environment": environment(args), "calibration_images": args.images}
+    for name, network in loaded.items():
+        if name not in bases:
+            found = base(network, test)
+            bases[name] = {"accuracy": found.accuracy, "images": found.images}
+            results.write()
+            print(name, bases[name], flush=True)
+    done = {key(cell): cell for cell in cells}
+    start = time.perf_counter()
+    for seed, (name, network), groups in itertools.product(args.seeds, loaded.items(), args.groups):
+        subject = Subject(network, SETTINGS[groups], calibration(*train, seed, args.images))
+        peer = Peer(subject)
+        for criterion, target in itertools.product([*args.criteria, *args.peers], args.targets):
+            about = {"network": name, "groups": groups, "seed": seed, "criterion": criterion, "target": target}
+            cell = done.get(key(about)) or about | {"accuracy": {}}
+            cell.pop("error_text", None)
+            if all(how in cell["accuracy"] for how in wanted(args, criterion)):
+                continue
+            try:
+                if criterion in PEERS:
+                    peer.measured(cell, test)
+                else:
+                    measured(cell, subject, args.repairs, test, cells)
+            except Exception as error:  # what cannot be pruned is a result too
+                cell["error_text"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"[:300]
+            if key(cell) not in done:
+                done[key(cell)] = cell
+                cells.append(cell)
+            results.write()
+            print(f"{(time.perf_counter() - start) / 60:5.1f} min  {importance_table.line(cell)}", flush=True)
+
+
+def wanted(args: argparse.Namespace, criterion: str) -> tuple[str, ...]:
+    """Which accuracies a cell is to have."""
+    return ("none",) if criterion in PEERS else tuple(args.repairs)
+
+
+def main() -> None:
+    """Run the sections asked for and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--section", nargs="+", default=list(SECTIONS), choices=SECTIONS, help="which sections to run")
+    parser.add_argument("--data", type=Path, help="directory of CIFAR-10")
+    parser.add_argument("--weights", type=Path, nargs="+", default=[], help="resnet20-*.th, resnet56-*.th")
+    parser.add_argument("--criteria", nargs="*", default=list(CRITERIA), choices=list(CRITERIA), metavar="NAME")
+    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS), metavar="NAME")
+    parser.add_argument("--groups", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--repairs", nargs="+", default=list(REPAIRS), choices=REPAIRS)
+    parser.add_argument("--targets", type=float, nargs="+", default=list(TARGETS), help="fractions of MACs to keep")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="which calibration images, and random")
+    parser.add_argument("--images", type=int, default=1000, help="calibration images")
+    parser.add_argument("--limit", type=int, help="use only the first test images")
+    parser.add_argument("--fresh", action="store_true", help="forget the results there are")
+    parser.add_argument("--table", action="store_true", help="run nothing, write the tables from the results")
+    parser.add_argument("--threads", type=int, default=1, help="threads that torch may use")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    warnings.simplefilter("ignore")
+    args.out.mkdir(parents=True, exist_ok=True)
+    if "accuracy" in args.section and not args.table:
+        if not args.data or not args.weights:
+            parser.error("the section accuracy needs --data and --weights")
+        try:
+            accuracy(args, Results(args.out / "importance_accuracy.json", fresh=args.fresh))
+        except KeyboardInterrupt:
+            print("interrupted; what was done is kept, and the same command goes on from there", flush=True)
+    held = {name: Results(args.out / f"importance_{name}.json", fresh=False).data for name in SECTIONS}
+    text = importance_table.text(held)
+    (args.out / "importance.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()

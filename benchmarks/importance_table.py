@@ -1,0 +1,124 @@
+"""The results of the benchmark of importance as Markdown."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+Record = dict[str, Any]
+REPAIRS = ("none", "batchnorm", "bias", "least_squares")
+
+
+def line(cell: Record) -> str:
+    """One cell on one line."""
+    about = f"{cell['network']} {cell['groups']:5} {cell['seed']} {cell['target']} {cell['criterion']:26}"
+    if "error_text" in cell:
+        return f"{about} {cell['error_text']}"
+    found = " ".join(f"{how} {percent(a)}" for how, a in cell["accuracy"].items())
+    seconds = sum(a.get("repair_s", 0) for a in cell["accuracy"].values())
+    return f"{about} {found}  (MACs {cell['kept']['macs']:.3f}; repairs {seconds:.1f} s)"
+
+
+def percent(found: Record) -> str:
+    """An accuracy; with a tilde where not the whole test set was used."""
+    return f"{'~' if found['images'] == 2000 else ''}{100 * found['accuracy']:.2f}"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """The lines of a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(str(item) for item in row) + " |" for row in lines]
+
+
+def over_seeds(cells: Sequence[Record], how: str) -> str:
+    """Mean accuracy over the seeds, and how many there are if more than one; a dash for none."""
+    found = [cell["accuracy"][how] for cell in cells if how in cell["accuracy"]]
+    if not found:
+        return "-"
+    if len(found) == 1:
+        return percent(found[0])
+    values = [100 * f["accuracy"] for f in found]
+    rough = "~" if any(f["images"] == 2000 for f in found) else ""
+    return f"{rough}{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} ({len(found)})"
+
+
+def accuracy_text(data: Record) -> list[str]:
+    """A table per network and set of groups."""
+    env = data["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
+    lines = [
+        "## Accuracy without fine-tuning",
+        "",
+        f"CIFAR-10, {data['calibration_images']} training images to calibrate; {versions}; {env['threads']} thread(s);",
+        f"{env['date']}. Percent of the 10 000 test images; with a tilde, of the first 2000, where fewer than 60 % of",
+        "those were right. Every group keeps the same fraction, the largest that meets the target of multiply-adds.",
+        "`all` prunes every group, `inner` keeps the residual stream. A cell shows, in order: no repair / nothing but",
+        "batch-norm statistics taken anew / means given back / least squares. Where several seeds were run: mean ±",
+        "standard deviation (seeds). torch-pruning is not repaired; its networks are the largest within the same",
+        "target, by the same count.",
+        "",
+    ]
+    cells = data["cells"]
+    for network, whole in data["base"].items():
+        for groups in ("all", "inner"):
+            mine = [c for c in cells if c["network"] == network and c["groups"] == groups]
+            if mine:
+                title = f"### {network}, {groups} groups (unpruned {100 * whole['accuracy']:.2f})"
+                lines += [title, "", *_criteria(mine), "", *_found(mine, whole["accuracy"]), ""]
+    return lines
+
+
+def _criteria(cells: Sequence[Record]) -> list[str]:
+    targets = sorted({c["target"] for c in cells}, reverse=True)
+    rows = []
+    for criterion in dict.fromkeys(c["criterion"] for c in cells):
+        row = [criterion]
+        for target in targets:
+            same = [c for c in cells if c["criterion"] == criterion and c["target"] == target]
+            failed = next((c for c in same if "error_text" in c), None)
+            hows = ("none",) if criterion.startswith("torch-pruning") else REPAIRS
+            row.append("fails" if failed else " / ".join(over_seeds(same, how) for how in hows))
+        rows.append(row)
+    return table(["criterion", *(f"{t:g} of MACs" for t in targets)], rows)
+
+
+def _found(cells: Sequence[Record], whole: float) -> list[str]:
+    """The best of each target, what a repair made worse, and what failed."""
+    lines = []
+    for target in sorted({c["target"] for c in cells}, reverse=True):
+        means = [
+            (statistics.mean(c["accuracy"][how]["accuracy"] for c in same), criterion, how)
+            for criterion in dict.fromkeys(c["criterion"] for c in cells)
+            for how in REPAIRS
+            if (same := [c for c in cells if _is(c, criterion, target) and how in c["accuracy"]])
+        ]
+        if means:
+            best, criterion, how = max(means)
+            lost = 100 * (whole - best)
+            lines.append(f"* {target:g}: best {criterion}, {how}: {100 * best:.2f}, {lost:.2f} points lost.")
+    lines += [_against(cells, how) for how in REPAIRS[1:]]
+    errors = {(c["criterion"], c["error_text"]) for c in cells if "error_text" in c}
+    return lines + [f"* {criterion}: {text}" for criterion, text in sorted(errors)]
+
+
+def _is(cell: Record, criterion: str, target: float) -> bool:
+    return (cell["criterion"], cell["target"]) == (criterion, target)
+
+
+def _against(cells: Sequence[Record], how: str) -> str:
+    """In how many cells a repair is better than none."""
+    both = [c for c in cells if {"none", how} <= c["accuracy"].keys()]
+    worse = [c for c in both if c["accuracy"][how]["accuracy"] <= c["accuracy"]["none"]["accuracy"]]
+    named = "; not " + ", ".join(f"{c['criterion']} at {c['target']:g}" for c in worse[:8]) if worse else ""
+    more = ", ..." if len(worse) > 8 else ""
+    return f"* {how} beats no repair in {len(both) - len(worse)} of {len(both)} cells{named}{more}."
+
+
+def text(held: Mapping[str, Record]) -> str:
+    """The results there are."""
+    lines = ["# Importance and repair", "", "Written by `benchmarks/importance.py`.", ""]
+    for name, write in (("accuracy", accuracy_text),):
+        if held.get(name):
+            lines += write(held[name])
+    return "\n".join(lines)
