@@ -84,7 +84,7 @@ class Reader:
         """The map of every sample and channel: what a tensor holds beside them, as a matrix; None for less than that.
 
         Returns:
-            (samples, channels, height, width); further dims count to the width.
+            (maps, channels, height, width): of more than two dims the last two make a map, the others further maps.
         """
         if self.matrix is None or self.spread or sum(self.samples) > 1:
             return None
@@ -97,13 +97,20 @@ class Reader:
         else:
             x = x[None]
         space = [size for size in x.shape[2:] if size > 1]
-        return x.reshape(*x.shape[:2], space[0], -1) if len(space) > 1 else None
+        if len(space) < 2:
+            return None
+        maps: torch.Tensor = x.reshape(*x.shape[:2], -1, *space[-2:]).transpose(1, 2).flatten(0, 1)
+        return maps
+
+    def count(self, tensor: torch.Tensor) -> torch.Tensor:
+        """How many elements of the tensor each channel has, shape (channels,)."""
+        return self._places * math.prod(tensor.shape[d] for d in self.summed)
 
     @functools.cached_property
-    def count(self) -> torch.Tensor:
-        """How many elements of the tensor each channel has, shape (channels,)."""
+    def _places(self) -> torch.Tensor:
+        """As `count`, of the dims that are not summed."""
         each = torch.zeros(self.shape).view(-1).index_add_(0, self.put, torch.ones(len(self.put)))
-        return each.view(self.shape).sum(0)
+        return each.view(self.shape).sum(0) / (self.shape[0] if self.spread else 1)
 
 
 @dataclass(frozen=True)
@@ -191,6 +198,23 @@ def maps(coupling: Coupling, sample_dim: int) -> tuple[End, ...]:
     return tuple(end for end in found if end.readers)
 
 
+def batched(coupling: Coupling, sample_dim: int) -> list[Value]:
+    """The inputs of the program that hold the samples of a batch along `sample_dim`: those as long there as the first.
+
+    An input whose dim is one of the other dims of an input is none of them, however long: a mask over tokens, say.
+    """
+    found: list[Value] = []
+    others: set[Atom] = set()
+    for value in coupling.program.inputs:
+        if len(value.shape) > sample_dim:
+            leaves = [set(coupling.axes.leaves(axis)) for axis in coupling.dims[value]]
+            own = leaves.pop(sample_dim)
+            others.update(*leaves)
+            if own.isdisjoint(others) and value.shape[sample_dim] == (found or [value])[0].shape[sample_dim]:
+                found.append(value)
+    return found
+
+
 def _operands(node: Node) -> Iterator[tuple[Node, str, int | None, Value]]:
     """The activations among the arguments of a node."""
     for name, argument in node.arguments.items():
@@ -211,12 +235,11 @@ class _Finder:
         self.met: tuple[Node, set[Atom]] | None = None
         self._known_maps: dict[Value, set[str]] = {}
         self._known_samples: dict[Axis, Any] = {}
-        given = [v for v in coupling.program.inputs if len(v.shape) > sample_dim]
+        given = batched(coupling, sample_dim)
         self.samples = given[0].shape[sample_dim] if given else 1
         self.strides: dict[Atom, int] = {}
         for value in given:
-            if value.shape[sample_dim] == self.samples > 1:
-                self.strides |= _strides(coupling.dims[value][sample_dim], self.axes)
+            self.strides |= _strides(coupling.dims[value][sample_dim], self.axes)
 
     def end(self, node: Node, argument: str, index: int | None, value: Value) -> End | None:
         """What ends at an operand and did not at an earlier operand of its node."""
