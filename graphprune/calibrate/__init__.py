@@ -16,15 +16,16 @@ import torch.distributed as dist
 from torch import nn
 from tqdm.auto import tqdm
 
-from graphprune.calibrate.batches import Batch, Criterion, Loss, read
+from graphprune.calibrate.batches import Batch, Criterion, Loss, read, require
 from graphprune.calibrate.run import Pass, Sums
-from graphprune.calibrate.sites import Consumer, consumers, layers
+from graphprune.calibrate.sites import CONSUMERS, Consumer, batched, consumers, layers, shared
 from graphprune.calibrate.statistics import CHUNK, UNFOLDED_LIMIT, Activations, Gradients, Moments, Ranks, columns
 from graphprune.coupling import Coupling
 from graphprune.errors import InputError
 
 __all__ = [
     "CHUNK",
+    "CONSUMERS",
     "UNFOLDED_LIMIT",
     "Activations",
     "Batch",
@@ -36,11 +37,14 @@ __all__ = [
     "Moments",
     "Ranks",
     "Statistic",
+    "batched",
     "calibrate",
     "columns",
     "consumers",
     "layers",
     "read",
+    "require",
+    "shared",
 ]
 
 Statistic: TypeAlias = Literal["gradients", "products", "activations", "ranks", "means", "moments"]

@@ -143,7 +143,7 @@ CONSUMERS: Mapping[str, tuple[str, str, str]] = {
     "conv1d": ("input", "weight", "bias"),
     "conv2d": ("input", "weight", "bias"),
     "conv3d": ("input", "weight", "bias"),
-    "addmm": ("mat1", "mat2", "input"),
+    "addmm": ("mat1", "mat2", "self"),
     "mm": ("self", "mat2", ""),
     "matmul": ("self", "other", ""),
 }
@@ -151,12 +151,24 @@ CONSUMERS: Mapping[str, tuple[str, str, str]] = {
 
 
 def consumers(coupling: Coupling) -> Iterator[Consumer]:
-    """Every consumer of every group, in order of execution."""
+    """Every consumer of every group, in order of execution; of a weight that is used both ways round, one way."""
     atoms, dims = set(coupling.atoms.values()), {v.target: coupling.dims[v] for v in coupling.program.parameters}
+    ways: dict[str, bool] = {}
     for layer in layers(coupling.program):
         axis = dims[layer.weight][0 if layer.transposed else 1]
-        if not atoms.isdisjoint(coupling.axes.leaves(axis)):
+        ends = not atoms.isdisjoint(coupling.axes.leaves(axis))
+        if ends and ways.setdefault(layer.weight, layer.transposed) == layer.transposed:
             yield layer
+
+
+def shared(program: Program) -> set[str]:
+    """Weights of layers that something else reads, too: an embedding, say, or a layer that has them transposed."""
+    ways: dict[str, set[bool]] = {}
+    for layer in layers(program):
+        ways.setdefault(layer.weight, set()).add(layer.transposed)
+    known = {layer.node for layer in layers(program)}
+    others = {value.target for node in program.nodes if node not in known for value in node.values()}
+    return {weight for weight, found in ways.items() if weight in others or len(found) > 1}
 
 
 def layers(program: Program) -> Iterator[Consumer]:
@@ -166,11 +178,13 @@ def layers(program: Program) -> Iterator[Consumer]:
             continue
         given, weight, bias = map(node.arguments.get, CONSUMERS[node.op])
         plain = isinstance(weight, Value) and weight.kind == "parameter" and len(weight.shape) > 1
+        plain &= all(node.arguments.get(factor, 1) == 1 for factor in ("alpha", "beta"))
         if not plain or not isinstance(given, Value) or given.kind not in ACTIVATIONS:
             continue
         assert isinstance(weight, Value)
         transposed = node.op in ("addmm", "mm", "matmul")
-        shift = bias.target if isinstance(bias, Value) and bias.kind == "parameter" else ""
+        own = isinstance(bias, Value) and bias.kind == "parameter" and len(bias.shape) == 1
+        shift = bias.target if own and isinstance(bias, Value) else ""
         yield Consumer(node, given, weight.target, shift, transposed, node.arguments.get("groups") or 1)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import nn
@@ -11,7 +9,8 @@ from torch.nn import functional as F
 
 import graphprune as gp
 from graphprune.calibrate import statistics
-from tests.nets import Attention, CifarResNet, randomised
+from tests.by_hand import along, brute_force, coupled, generator, images, labels, part, rows_of, singly
+from tests.nets import Apart, Attention, CifarResNet, TinyViT
 
 CLASSES = F.cross_entropy
 
@@ -19,65 +18,6 @@ CLASSES = F.cross_entropy
 @pytest.fixture(autouse=True)
 def _same_weights():
     torch.manual_seed(0)
-
-
-def coupled(model, *inputs, **options):
-    """The model in float64 with no value left at zero, and its coupling."""
-    model = randomised(model).double()
-    return model, gp.couple(
-        gp.trace(model, tuple(t.double() if t.is_floating_point() else t for t in inputs)), **options
-    )
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def images(count, size=8, channels=3, seed=0):
-    return torch.randn(count, channels, size, size, generator=generator(seed)).double()
-
-
-def labels(count, classes=5):
-    return torch.arange(count) * 3 % classes
-
-
-def everywhere(mask):
-    return mask
-
-
-def along(dim, spread=everywhere):
-    """Which dim of a weight the mask multiplies, and how its positions follow from those of the channels."""
-    return dim, spread
-
-
-def brute_force(model, masked, size, samples, loss):
-    """Derivatives of each sample's loss by a mask on all inputs of all consumers of a group, (samples, channels).
-
-    `masked` says by hand which dims of which weights the mask multiplies: W (m x) is (W m) x.
-    """
-    state = dict(model.named_parameters())
-
-    def masked_loss(mask, sample):
-        weights = {}
-        for name, (dim, spread) in masked.items():
-            shape = [-1 if d == dim else 1 for d in range(state[name].dim())]
-            weights[name] = state[name].detach() * spread(mask).reshape(shape)
-        return loss(torch.func.functional_call(model, weights, sample[:-1]), sample[-1])
-
-    rows = []
-    for sample in samples:
-        mask = torch.ones(size, dtype=torch.float64, requires_grad=True)
-        rows.append(torch.autograd.grad(masked_loss(mask, sample), mask)[0])
-    return torch.stack(rows)
-
-
-def singly(batches, sample_dim=0):
-    """Every sample of every batch as a batch of one."""
-    return [
-        tuple(t.narrow(sample_dim if t.is_floating_point() else 0, n, 1) for t in batch)
-        for batch in batches
-        for n in range(batch[-1].shape[0])
-    ]
 
 
 def agree(found, q, tolerance=1e-10):
@@ -89,11 +29,6 @@ def agree(found, q, tolerance=1e-10):
 
 
 # -- gradients ----------------------------------------------------------------------------------------------------------
-
-
-def part(start, size, total):
-    """Channels that are one run of a dim."""
-    return lambda mask: torch.cat([mask.new_ones(start), mask, mask.new_ones(total - start - size)])
 
 
 STREAM = {
@@ -159,49 +94,6 @@ def test_gradients_of_a_net_with_grouped_convolutions_are_those_of_an_explicit_m
     assert found.keys() == masks.keys()
     for group, masked in masks.items():
         agree(found[group], brute_force(model, masked, coupling.group(group).size, singly(batches), CLASSES))
-
-
-class TinyViT(nn.Module):
-    """Patches, one attention block with 3 heads of 4 dims, one MLP."""
-
-    def __init__(self, attention=None):
-        super().__init__()
-        self.patch = nn.Conv2d(3, 10, 4, 4)
-        self.position = nn.Parameter(torch.randn(1, 4, 10))
-        self.norm1, self.norm2 = nn.LayerNorm(10), nn.LayerNorm(10)
-        self.attention = attention or Attention(10, 3, 4)
-        self.mlp = nn.Sequential(nn.Linear(10, 7), nn.GELU(), nn.Linear(7, 10))
-        self.head = nn.Linear(10, 5)
-
-    def forward(self, x):
-        x = self.patch(x).flatten(2).transpose(1, 2) + self.position
-        x = self.attention(self.norm1(x))
-        x = x + self.mlp(self.norm2(x))
-        return self.head(x.mean(1))
-
-
-class Apart(nn.Module):
-    """Attention with q, k and v apart and heads merged into the batch for `bmm`; v has dims of its own."""
-
-    def __init__(self, width=10, heads=3, dim=4, vdim=2):
-        super().__init__()
-        self.heads = heads
-        self.q, self.k, self.v = (
-            nn.Linear(width, heads * dim),
-            nn.Linear(width, heads * dim),
-            nn.Linear(width, heads * vdim),
-        )
-        self.proj = nn.Linear(heads * vdim, width)
-
-    def split(self, x):
-        b, n, c = x.shape
-        return x.reshape(b, n, self.heads, c // self.heads).transpose(1, 2).reshape(b * self.heads, n, c // self.heads)
-
-    def forward(self, x):
-        q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
-        y = torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v)
-        b, n, _ = x.shape
-        return x + self.proj(y.reshape(b, self.heads, n, -1).transpose(1, 2).reshape(b, n, -1))
 
 
 HEADS = {"attention.proj.weight": along(1, lambda m: m.repeat_interleave(4))}
@@ -449,34 +341,6 @@ def test_ranks_are_those_of_a_loop_over_the_maps():
 
 
 # -- moments ------------------------------------------------------------------------------------------------------------
-
-
-def rows_of(x, conv):
-    """The unfolded input of a convolution, one row per output position and per group: (groups, rows, columns)."""
-    columns = conv.in_channels // conv.groups
-    kernel = conv.weight.shape[2:]
-    rank = len(kernel)
-    if conv.padding == "same":
-        pads = [d * (k - 1) for d, k in zip(conv.dilation, kernel, strict=True)]
-        x = F.pad(x, [n for p in reversed(pads) for n in (p // 2, p - p // 2)])
-    elif conv.padding != "valid":
-        x = F.pad(x, [p for p in reversed(conv.padding) for _ in range(2)])
-    taps = torch.cartesian_prod(*(torch.arange(k) for k in kernel)).view(-1, rank)
-    sizes = [
-        (n - d * (k - 1) - 1) // s + 1
-        for n, d, k, s in zip(x.shape[2:], conv.dilation, kernel, conv.stride, strict=True)
-    ]
-    read = []
-    for tap in taps.tolist():
-        cut = x
-        for d in range(rank):
-            start = tap[d] * conv.dilation[d]
-            cut = cut.narrow(2 + d, start, (sizes[d] - 1) * conv.stride[d] + 1)
-            cut = cut.index_select(2 + d, torch.arange(sizes[d]) * conv.stride[d])
-        read.append(cut)
-    stacked = torch.stack(read, 2)  # (samples, channels, taps, positions...)
-    split = stacked.reshape(len(x), conv.groups, columns * len(taps), math.prod(sizes))
-    return split.permute(1, 0, 3, 2).flatten(1, 2)
 
 
 CONVOLUTIONS = {
