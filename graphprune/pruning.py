@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from graphprune.allocate import Target, allocate
-from graphprune.calibrate import Calibration, Loss
+from graphprune.calibrate import Calibration, Loss, require
 from graphprune.couple import couple
 from graphprune.coupling import Coupling
 from graphprune.errors import InputError, PlanError, VerificationError
@@ -73,7 +73,8 @@ def prune(
         repair: what is done, after the proof, about what the removed channels did: "least_squares" refits the weights
             that are left, "bias" gives back means, "none" leaves the weights as they are. See `graphprune.repair`.
         batchnorm: take the statistics of batch norms anew, where that helps.
-        batches, loss: what to repair with, as for `graphprune.calibrate`; by default those of `importance`.
+        batches, loss: what to repair with, as for `graphprune.calibrate`; by default those of `importance`, whose
+            `sample_dim` counts.
     Raises:
         InputError, TraceError: the model cannot be traced with these inputs, or there are no batches to repair with.
         CalibrationError, CriterionError: the batches cannot be used, or the importance says nothing about a group.
@@ -98,8 +99,9 @@ def prune(
     require_groups(coupling)
     plan = allocate(importance(model, coupling), target, coupling)
     rewritten, verification = emit_verified(model, inputs, coupling, plan, emit=emit, verify=verify)
+    options = {name: getattr(importance, name) for name in ("sample_dim", "progress") if hasattr(importance, name)}
     repaired = data and repair_weights(
-        model, rewritten.model, coupling, plan, data[0], method=repair, batchnorm=batchnorm, loss=data[1]
+        model, rewritten.model, coupling, plan, data[0], method=repair, batchnorm=batchnorm, loss=data[1], **options
     )
     return Result(rewritten.model, plan, coupling, report(coupling, plan, target, rewritten, verification, repaired))
 
@@ -115,8 +117,7 @@ def _data(
     batches = getattr(importance, "batches", None) if batches is None else batches
     if batches is None or isinstance(batches, Calibration):
         raise InputError("repair and batchnorm need batches: pass prune(..., batches=...), a list or a DataLoader")
-    if iter(batches) is batches:
-        raise InputError("the batches are an iterator, which is used up after one pass; pass a list or a DataLoader")
+    require(batches, again=True)
     return batches, getattr(importance, "loss", None) if loss is None else loss
 
 

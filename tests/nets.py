@@ -124,6 +124,49 @@ class Attention(nn.Module):
         return x + self.proj((weights @ v).transpose(1, 2).reshape(b, n, self.heads * self.head_dim))
 
 
+class TinyViT(nn.Module):
+    """Patches, one attention block with 3 heads of 4 dims, one MLP."""
+
+    def __init__(self, attention=None):
+        super().__init__()
+        self.patch = nn.Conv2d(3, 10, 4, 4)
+        self.position = nn.Parameter(torch.randn(1, 4, 10))
+        self.norm1, self.norm2 = nn.LayerNorm(10), nn.LayerNorm(10)
+        self.attention = attention or Attention(10, 3, 4)
+        self.mlp = nn.Sequential(nn.Linear(10, 7), nn.GELU(), nn.Linear(7, 10))
+        self.head = nn.Linear(10, 5)
+
+    def forward(self, x):
+        x = self.patch(x).flatten(2).transpose(1, 2) + self.position
+        x = self.attention(self.norm1(x))
+        x = x + self.mlp(self.norm2(x))
+        return self.head(x.mean(1))
+
+
+class Apart(nn.Module):
+    """Attention with q, k and v apart and heads merged into the batch for `bmm`; v has dims of its own."""
+
+    def __init__(self, width=10, heads=3, dim=4, vdim=2):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v = (
+            nn.Linear(width, heads * dim),
+            nn.Linear(width, heads * dim),
+            nn.Linear(width, heads * vdim),
+        )
+        self.proj = nn.Linear(heads * vdim, width)
+
+    def split(self, x):
+        b, n, c = x.shape
+        return x.reshape(b, n, self.heads, c // self.heads).transpose(1, 2).reshape(b * self.heads, n, c // self.heads)
+
+    def forward(self, x):
+        q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
+        y = torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v)
+        b, n, _ = x.shape
+        return x + self.proj(y.reshape(b, self.heads, n, -1).transpose(1, 2).reshape(b, n, -1))
+
+
 class ConvUnit(nn.Sequential):
     """Convolution, batch norm, SiLU."""
 

@@ -16,15 +16,16 @@ import torch.distributed as dist
 from torch import nn
 from tqdm.auto import tqdm
 
-from graphprune.calibrate.batches import Batch, Criterion, Loss, read
+from graphprune.calibrate.batches import Batch, Criterion, Loss, read, require
 from graphprune.calibrate.run import Pass, Sums
-from graphprune.calibrate.sites import Consumer, consumers, layers
+from graphprune.calibrate.sites import CONSUMERS, Consumer, batched, consumers, layers, shared
 from graphprune.calibrate.statistics import CHUNK, UNFOLDED_LIMIT, Activations, Gradients, Moments, Ranks, columns
 from graphprune.coupling import Coupling
 from graphprune.errors import InputError
 
 __all__ = [
     "CHUNK",
+    "CONSUMERS",
     "UNFOLDED_LIMIT",
     "Activations",
     "Batch",
@@ -36,15 +37,19 @@ __all__ = [
     "Moments",
     "Ranks",
     "Statistic",
+    "batched",
     "calibrate",
     "columns",
     "consumers",
     "layers",
     "read",
+    "require",
+    "shared",
 ]
 
 Statistic: TypeAlias = Literal["gradients", "products", "activations", "ranks", "means", "moments"]
 STATISTICS: tuple[Statistic, ...] = ("gradients", "products", "activations", "ranks", "means", "moments")
+_INCLUDED: Mapping[Statistic, Statistic] = {"products": "gradients", "moments": "means"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +57,7 @@ class Calibration:
     """What one pass collected; what was not asked for is empty.
 
     Attributes:
-        statistics: what was collected.
+        statistics: what was collected, and what that includes.
         sizes: channels per group.
         samples: how many samples were seen.
         loss: mean loss per sample; None without a loss.
@@ -100,7 +105,7 @@ def calibrate(
         sample_dim: which dim of inputs and outputs tells samples apart.
         progress: show a progress bar; by default where the output is a terminal.
     Raises:
-        InputError: an unknown statistic, or gradients without a loss.
+        InputError: an unknown statistic, gradients without a loss, or something that is no iterable of batches.
         CalibrationError: no batches, values that are not finite, or a loss that is no sum over samples.
         TraceError: the model cannot be traced with these batches.
     """
@@ -166,7 +171,7 @@ def _reduced(work: Pass, sums: Sums, coupling: Coupling, statistics: Collection[
             tensor.copy_(moved)
     samples = int(counted[0])
     return Calibration(
-        statistics=frozenset(statistics),
+        statistics=frozenset(statistics) | {_INCLUDED[s] for s in statistics if s in _INCLUDED},
         sizes={g.name: g.size for g in coupling.groups},
         samples=samples,
         loss=float(counted[1]) / samples if sums.gradients else None,

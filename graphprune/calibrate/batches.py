@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from graphprune.errors import CalibrationError
+from graphprune.errors import CalibrationError, InputError
 from graphprune.trace import Inputs, register
 
 Loss = Callable[..., torch.Tensor]
@@ -26,12 +26,29 @@ class Batch:
     target: Any
 
 
+def require(batches: object, *, again: bool = False) -> None:
+    """Refuse what is easily passed in place of batches; with `again`, also what can be gone through only once.
+
+    Raises:
+        InputError: it is such a thing.
+    """
+    if not isinstance(batches, Iterable) or isinstance(batches, (torch.Tensor, Mapping, Inputs, str)):
+        raise InputError(
+            f"batches={type(batches).__name__} is no iterable of batches; pass a DataLoader or a list, such as [x] or "
+            "[(x, y)] for a single batch"
+        )
+    if again and iter(batches) is batches:
+        raise InputError("the batches are an iterator, which is used up after one pass; pass a list or a DataLoader")
+
+
 def read(batches: Iterable[Any], arguments: int, device: torch.device) -> Iterator[Batch]:
     """Batches in any form that `calibrate` takes, on the device of the model.
 
     Raises:
+        InputError: `batches` is one batch, or nothing that holds batches.
         CalibrationError: there are none, or one has too few parts.
     """
+    require(batches)
     number = -1
     for number, given in enumerate(batches):
         yield _batch(_moved(given, device), arguments, number)
@@ -86,21 +103,23 @@ class Criterion:
             CalibrationError: it is no number, not finite, or no sum or mean over samples.
         """
         value = self._call(output, target)
-        if value.dim() == 1 and len(value) == samples:
+        apart = value.shape == (samples,)
+        if apart:
             value = value.sum()
-            self.mean = False
         elif value.numel() != 1:
             raise CalibrationError(
                 f"the loss has shape {tuple(value.shape)}; return one number, the mean or sum over the batch, "
                 f"or one per sample, shape ({samples},)"
             )
         if not value.isfinite():
-            raise CalibrationError(f"the loss is {value.item()} on a batch; check inputs, targets and weights for NaN")
+            raise CalibrationError(
+                f"the loss is {value.item()} though the model's output is finite; check the loss and the targets"
+            )
         if torch.is_grad_enabled() and not value.requires_grad:
             raise CalibrationError("the loss does not depend on the model's output: it has no gradient")
-        if self.mean is None and samples > 1:
+        if self.mean is None and samples > 1 and not apart:
             self.mean = self._is_mean(output, target, samples, float(value.detach()))
-        return value.reshape(()) * (samples if self.mean or self.mean is None else 1)
+        return value.reshape(()) * (samples if self.mean and not apart else 1)
 
     def _call(self, output: Any, target: Any) -> torch.Tensor:
         try:
@@ -138,11 +157,11 @@ class Criterion:
 
 
 def _rows(tree: Any, dim: int, samples: int, part: slice) -> Any:
-    """The samples of one part of a batch, in everything that has as many."""
+    """The samples of one part of a batch, in everything that has as many: along `dim`, or else along the first dim."""
 
     def rows(t: torch.Tensor) -> torch.Tensor:
-        whole = t.dim() > dim and t.shape[dim] == samples
-        return t.narrow(dim, part.start, part.stop - part.start) if whole else t
+        at = next((d for d in (dim, 0) if t.dim() > d and t.shape[d] == samples), None)
+        return t if at is None else t.narrow(at, part.start, part.stop - part.start)
 
     register(tree)
     return pytree.tree_map_only(torch.Tensor, rows, tree)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from graphprune.calibrate.batches import Batch, Criterion
-from graphprune.calibrate.sites import Consumer, End, consumers, ends, maps
+from graphprune.calibrate.sites import Consumer, End, batched, consumers, ends, maps
 from graphprune.calibrate.statistics import Activations, Gradients, Moments, Ranks
 from graphprune.coupling import Coupling
 from graphprune.errors import CalibrationError
@@ -52,7 +52,7 @@ def view(coupling: Coupling, program: Program, sample_dim: int, *, with_maps: bo
             f"with inputs of shapes {[list(v.shape) for v in program.inputs]} the groups of {program.model_class} are "
             "others than with the example inputs; use example inputs like the batches"
         )
-    given = [v.shape[sample_dim] for v in program.inputs if len(v.shape) > sample_dim]
+    given = [v.shape[sample_dim] for v in batched(again, sample_dim)]
     written = frozenset(v for node in program.nodes if node.op.endswith("_") for v in list(node.values())[:1])
     shown = _by_node(maps(again, sample_dim)) if with_maps else {}
     layers = {c.node.name: c for c in consumers(again)}
@@ -94,7 +94,7 @@ class Pass:
         self.replay = Replay(model)
         self.views: dict[Program, View] = {}
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-        self.loss, self.samples = 0.0, 0
+        self.loss, self.samples, self.batches = 0.0, 0, 0
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """All sums, in the same order in every process."""
@@ -114,14 +114,19 @@ class Pass:
             CalibrationError: something is not finite, the loss cannot be used, or the groups are others at its shapes.
             TraceError: the model cannot be traced with it.
         """
-        self._start(batch)
-        with torch.set_grad_enabled(self.criterion is not None and bool(self.sums.gradients)):
-            self.replay.run(
-                batch.inputs,
-                self._stand_in,
-                then=lambda output: self._finish(output, batch),
-                restart=lambda: self._restart(batch),
-            )
+        try:
+            self._start(batch)
+            with torch.set_grad_enabled(self.criterion is not None and bool(self.sums.gradients)):
+                self.replay.run(
+                    batch.inputs,
+                    self._stand_in,
+                    then=lambda output: self._finish(output, batch),
+                    restart=lambda: self._restart(batch),
+                )
+        except CalibrationError as error:
+            cause = self._cause(batch) if isinstance(error, _NotFinite) else ""
+            raise CalibrationError(f"batch {self.batches}: {error}{cause}") from error
+        self.batches += 1
 
     def _start(self, batch: Batch) -> None:
         program = self.replay.program(batch.inputs)
@@ -140,12 +145,12 @@ class Pass:
         """What is to be done while the model is still as it ran.
 
         Raises:
-            CalibrationError: the output is not finite, or the loss cannot be used.
+            _NotFinite: the output is not.
+            CalibrationError: the loss cannot be used.
         """
         self.samples += self.view.samples
-        for tensor in output_tensors(output):
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise CalibrationError("the model's output is not finite on a batch; look for NaN in its inputs")
+        if not all(map(_finite, output_tensors(output))):
+            raise _NotFinite("the model's output is not finite")
         if torch.is_grad_enabled() and self.criterion is not None:
             self._backward(self.criterion.total(output, batch.target, self.view.samples))
 
@@ -162,6 +167,24 @@ class Pass:
         self.loss += float(loss.detach())
         for name, q in self.q.items():
             self.sums.gradients[name].add(q)
+
+    def _cause(self, batch: Batch) -> str:
+        """Where values stop being finite. Infinities that no weight makes are left out: masks are full of them."""
+        if not all(map(_finite, batch.inputs.tensors())):
+            return ": the batch is not"
+        found: list[Node] = []
+
+        def watch(node: Node, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+            result = func(*args, **kwargs)
+            weighted = any(value.kind == "parameter" for value in node.values())
+            spoilt = [t for t in output_tensors(result) if not _finite(t) and (weighted or t.isnan().any())]
+            if spoilt and not found:
+                found.append(node)
+            return result
+
+        with torch.no_grad():
+            self.replay.run(batch.inputs, watch)
+        return f": the first such values come out of {found[0]}" if found else ""
 
     # -- at a node
 
@@ -187,8 +210,9 @@ class Pass:
 
     def _consume(self, consumer: Consumer, x: torch.Tensor) -> None:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            kernel = self.shapes[consumer.weight][2:]
-            self.sums.moments[consumer.weight].add(consumer, x, kernel)
+            held = self.sums.moments[consumer.weight]
+            held.add(consumer, x, self.shapes[consumer.weight][2:])
+            _require_finite(held.total, consumer.node)
 
     def _rank(self, end: End, x: torch.Tensor) -> None:
         """Read the maps of an operand, once for each value that has them."""
@@ -198,6 +222,7 @@ class Pass:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             for name, reader in end.readers.items():
                 if (found := reader.maps(x.detach())) is not None:
+                    _require_finite(found, end.node)
                     self.sums.ranks[name].add(found)
 
     def _end(self, end: End, x: torch.Tensor) -> torch.Tensor:
@@ -208,6 +233,7 @@ class Pass:
             for name, reader in end.readers.items() if first else ():
                 if name in self.sums.activations:
                     self.sums.activations[name].add(reader, x.detach())
+                    _require_finite(self.sums.activations[name].total, end.node)
         if not torch.is_grad_enabled() or not x.is_floating_point():
             return x
         held = x.clone() if end.value in self.view.written else x
@@ -221,7 +247,7 @@ class Pass:
                 q = reader.sum(product)
                 if not q.isfinite().all():
                     what = "activation" if not x.isfinite().all() else "gradient"
-                    raise CalibrationError(f"the {what} at {end} is not finite on a batch; with float16, use bfloat16")
+                    raise _NotFinite(f"the {what} at {end} is not finite; with float16, use bfloat16")
                 self.q[name] = self.q[name].to(q) + q
 
         return read
@@ -230,6 +256,24 @@ class Pass:
 def _operand(end: End, held: Mapping[str, Any]) -> Any:
     found = held[end.argument]
     return found if end.index is None else found[end.index]
+
+
+class _NotFinite(CalibrationError):
+    """To be completed with where the values come from."""
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex()) or bool(tensor.isfinite().all())
+
+
+def _require_finite(tensor: torch.Tensor, node: Node) -> None:
+    """Refuse statistics of values that are not finite.
+
+    Raises:
+        _NotFinite: they are of such values.
+    """
+    if not _finite(tensor):
+        raise _NotFinite(f"what {node} reads is not finite")
 
 
 class _Tap(torch.autograd.Function):

@@ -84,7 +84,7 @@ class Reader:
         """The map of every sample and channel: what a tensor holds beside them, as a matrix; None for less than that.
 
         Returns:
-            (samples, channels, height, width); further dims count to the width.
+            (maps, channels, height, width): of more than two dims the last two make a map, the others further maps.
         """
         if self.matrix is None or self.spread or sum(self.samples) > 1:
             return None
@@ -97,13 +97,20 @@ class Reader:
         else:
             x = x[None]
         space = [size for size in x.shape[2:] if size > 1]
-        return x.reshape(*x.shape[:2], space[0], -1) if len(space) > 1 else None
+        if len(space) < 2:
+            return None
+        maps: torch.Tensor = x.reshape(*x.shape[:2], -1, *space[-2:]).transpose(1, 2).flatten(0, 1)
+        return maps
+
+    def count(self, tensor: torch.Tensor) -> torch.Tensor:
+        """How many elements of the tensor each channel has, shape (channels,)."""
+        return self._places * math.prod(tensor.shape[d] for d in self.summed)
 
     @functools.cached_property
-    def count(self) -> torch.Tensor:
-        """How many elements of the tensor each channel has, shape (channels,)."""
+    def _places(self) -> torch.Tensor:
+        """As `count`, of the dims that are not summed."""
         each = torch.zeros(self.shape).view(-1).index_add_(0, self.put, torch.ones(len(self.put)))
-        return each.view(self.shape).sum(0)
+        return each.view(self.shape).sum(0) / (self.shape[0] if self.spread else 1)
 
 
 @dataclass(frozen=True)
@@ -136,7 +143,7 @@ CONSUMERS: Mapping[str, tuple[str, str, str]] = {
     "conv1d": ("input", "weight", "bias"),
     "conv2d": ("input", "weight", "bias"),
     "conv3d": ("input", "weight", "bias"),
-    "addmm": ("mat1", "mat2", "input"),
+    "addmm": ("mat1", "mat2", "self"),
     "mm": ("self", "mat2", ""),
     "matmul": ("self", "other", ""),
 }
@@ -144,12 +151,24 @@ CONSUMERS: Mapping[str, tuple[str, str, str]] = {
 
 
 def consumers(coupling: Coupling) -> Iterator[Consumer]:
-    """Every consumer of every group, in order of execution."""
+    """Every consumer of every group, in order of execution; of a weight that is used both ways round, one way."""
     atoms, dims = set(coupling.atoms.values()), {v.target: coupling.dims[v] for v in coupling.program.parameters}
+    ways: dict[str, bool] = {}
     for layer in layers(coupling.program):
         axis = dims[layer.weight][0 if layer.transposed else 1]
-        if not atoms.isdisjoint(coupling.axes.leaves(axis)):
+        ends = not atoms.isdisjoint(coupling.axes.leaves(axis))
+        if ends and ways.setdefault(layer.weight, layer.transposed) == layer.transposed:
             yield layer
+
+
+def shared(program: Program) -> set[str]:
+    """Weights of layers that something else reads, too: an embedding, say, or a layer that has them transposed."""
+    ways: dict[str, set[bool]] = {}
+    for layer in layers(program):
+        ways.setdefault(layer.weight, set()).add(layer.transposed)
+    known = {layer.node for layer in layers(program)}
+    others = {value.target for node in program.nodes if node not in known for value in node.values()}
+    return {weight for weight, found in ways.items() if weight in others or len(found) > 1}
 
 
 def layers(program: Program) -> Iterator[Consumer]:
@@ -159,11 +178,13 @@ def layers(program: Program) -> Iterator[Consumer]:
             continue
         given, weight, bias = map(node.arguments.get, CONSUMERS[node.op])
         plain = isinstance(weight, Value) and weight.kind == "parameter" and len(weight.shape) > 1
+        plain &= all(node.arguments.get(factor, 1) == 1 for factor in ("alpha", "beta"))
         if not plain or not isinstance(given, Value) or given.kind not in ACTIVATIONS:
             continue
         assert isinstance(weight, Value)
         transposed = node.op in ("addmm", "mm", "matmul")
-        shift = bias.target if isinstance(bias, Value) and bias.kind == "parameter" else ""
+        own = isinstance(bias, Value) and bias.kind == "parameter" and len(bias.shape) == 1
+        shift = bias.target if own and isinstance(bias, Value) else ""
         yield Consumer(node, given, weight.target, shift, transposed, node.arguments.get("groups") or 1)
 
 
@@ -191,6 +212,23 @@ def maps(coupling: Coupling, sample_dim: int) -> tuple[End, ...]:
     return tuple(end for end in found if end.readers)
 
 
+def batched(coupling: Coupling, sample_dim: int) -> list[Value]:
+    """The inputs of the program that hold the samples of a batch along `sample_dim`: those as long there as the first.
+
+    An input whose dim is one of the other dims of an input is none of them, however long: a mask over tokens, say.
+    """
+    found: list[Value] = []
+    others: set[Atom] = set()
+    for value in coupling.program.inputs:
+        if len(value.shape) > sample_dim:
+            leaves = [set(coupling.axes.leaves(axis)) for axis in coupling.dims[value]]
+            own = leaves.pop(sample_dim)
+            others.update(*leaves)
+            if own.isdisjoint(others) and value.shape[sample_dim] == (found or [value])[0].shape[sample_dim]:
+                found.append(value)
+    return found
+
+
 def _operands(node: Node) -> Iterator[tuple[Node, str, int | None, Value]]:
     """The activations among the arguments of a node."""
     for name, argument in node.arguments.items():
@@ -211,12 +249,11 @@ class _Finder:
         self.met: tuple[Node, set[Atom]] | None = None
         self._known_maps: dict[Value, set[str]] = {}
         self._known_samples: dict[Axis, Any] = {}
-        given = [v for v in coupling.program.inputs if len(v.shape) > sample_dim]
+        given = batched(coupling, sample_dim)
         self.samples = given[0].shape[sample_dim] if given else 1
         self.strides: dict[Atom, int] = {}
         for value in given:
-            if value.shape[sample_dim] == self.samples > 1:
-                self.strides |= _strides(coupling.dims[value][sample_dim], self.axes)
+            self.strides |= _strides(coupling.dims[value][sample_dim], self.axes)
 
     def end(self, node: Node, argument: str, index: int | None, value: Value) -> End | None:
         """What ends at an operand and did not at an earlier operand of its node."""

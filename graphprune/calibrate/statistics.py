@@ -108,12 +108,12 @@ class Activations(Statistic):
 
     def add(self, reader: Reader, x: torch.Tensor) -> None:
         """Add the elements of one value."""
-        self.count += reader.count
+        self.count += reader.count(x)
         for held, values in (
             (self.zeros, (x == 0).float()),
             (self.magnitude, x.abs()),
             (self.total, x),
-            (self.squares, x.float().square()),
+            (self.squares, (x if x.dtype == torch.float64 else x.float()).square()),
         ):
             held += reader.sum(values).sum(0).double().cpu()
 
@@ -148,7 +148,7 @@ class Ranks(Statistic):
         return cls(_zeros(size), _zeros(size), _zeros(size))
 
     def add(self, maps: torch.Tensor) -> None:
-        """Add maps, (samples, channels, height, width)."""
+        """Add maps, (maps of each channel, channels, height, width)."""
         found = ranks(maps.flatten(0, 1)).view(maps.shape[:2])
         self.count += maps.shape[0]
         self.total += found.double().sum(0).cpu()
@@ -257,6 +257,11 @@ def _unfolded(consumer: Consumer, x: torch.Tensor, kernel: tuple[int, ...], most
     if isinstance(padding, str):
         both = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
         x, padding = F.pad(x, [n for p in reversed(both) for n in (p // 2, p - p // 2)]), (0,) * len(kernel)
+    if math.prod(kernel) == 1:
+        x = F.pad(x, [n for n in reversed(padding) for _ in range(2)])
+        for d, step in enumerate(stride, start=2):
+            x = x.index_select(d, torch.arange(0, x.shape[d], step, device=x.device))
+        return x.flatten(2)
     if len(kernel) == 1:
         x, kernel, stride, dilation, padding = x[:, :, None], (1, *kernel), (1, *stride), (1, *dilation), (0, *padding)
     size = [

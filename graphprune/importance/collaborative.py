@@ -13,7 +13,7 @@ from torch import nn
 
 from graphprune.calibrate import Loss
 from graphprune.coupling import Coupling
-from graphprune.importance.data import FromData, seen
+from graphprune.importance.data import FromData, moved
 from graphprune.importance.fallback import complete
 from graphprune.importance.protocol import Order, Scores
 from graphprune.solvers import selections
@@ -82,10 +82,10 @@ class Collaborative(FromData):
         Raises:
             InputError: there is no loss.
             CalibrationError: the batches or the loss cannot be used.
-            CriterionError: no sample reaches a group and `otherwise` is None.
+            CriterionError: the gradient of a group is zero in all samples and `otherwise` is None.
         """
         found = self.calibration(model, coupling, ["gradients", "products"], self.loss).gradients
         scores: dict[str, torch.Tensor | Order] = {}
-        for name in seen(found):
+        for name in moved(found):
             scores[name] = Selections(-found[name].first, found[name].matrix / 2)
         return complete(scores, model, coupling, self.otherwise, "Collaborative: no gradient reaches")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphprune.calibrate import Calibration, Loss, Statistic, calibrate
+from graphprune.calibrate import Calibration, Gradients, Loss, Statistic, calibrate
 from graphprune.coupling import Coupling
 from graphprune.errors import CriterionError
 from graphprune.importance.protocol import Importance
@@ -66,3 +66,8 @@ class FromData:
 def seen(sums: Mapping[str, Any]) -> list[str]:
     """Names of the groups that any sample said something about."""
     return [name for name, held in sums.items() if bool(torch.as_tensor(held.count).all())]
+
+
+def moved(gradients: Mapping[str, Gradients]) -> list[str]:
+    """Names of the groups with which any sample's loss moves."""
+    return [name for name, held in gradients.items() if held.squares.any()]

@@ -12,7 +12,7 @@ from graphprune.calibrate import Loss
 from graphprune.cost import Cost, activations, macs, params
 from graphprune.coupling import Coupling
 from graphprune.importance import choice
-from graphprune.importance.data import FromData, seen
+from graphprune.importance.data import FromData, moved
 from graphprune.importance.fallback import complete
 from graphprune.importance.protocol import Scores
 
@@ -60,10 +60,10 @@ class Fisher(FromData):
         Raises:
             InputError: there is no loss.
             CalibrationError: the batches or the loss cannot be used.
-            CriterionError: no sample reaches a group and `otherwise` is None.
+            CriterionError: the gradient of a group is zero in all samples and `otherwise` is None.
         """
         found = self.calibration(model, coupling, ["gradients"], self.loss).gradients
-        scores = {name: found[name].second / 2 for name in seen(found)}
+        scores = {name: found[name].second / 2 for name in moved(found)}
         if (make := _COSTS[self.normalize]) is not None:
             cost = make(coupling)
             whole = cost.at({})

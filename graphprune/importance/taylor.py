@@ -10,7 +10,7 @@ from torch import nn
 
 from graphprune.calibrate import Loss
 from graphprune.coupling import Coupling
-from graphprune.importance.data import FromData, seen
+from graphprune.importance.data import FromData, moved
 from graphprune.importance.fallback import complete
 from graphprune.importance.protocol import Scores
 
@@ -42,8 +42,8 @@ class Taylor(FromData):
         Raises:
             InputError: there is no loss.
             CalibrationError: the batches or the loss cannot be used.
-            CriterionError: no sample reaches a group and `otherwise` is None.
+            CriterionError: the gradient of a group is zero in all samples and `otherwise` is None.
         """
         found = self.calibration(model, coupling, ["gradients"], self.loss).gradients
-        scores = {name: found[name].first.abs() for name in seen(found)}
+        scores = {name: found[name].first.abs() for name in moved(found)}
         return complete(scores, model, coupling, self.otherwise, "Taylor: no gradient reaches")

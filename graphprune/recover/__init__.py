@@ -13,12 +13,12 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
-from graphprune.calibrate import Batch, Criterion, Loss, calibrate, read
+from graphprune.calibrate import Batch, Criterion, Loss, calibrate, read, require
 from graphprune.coupling import Coupling
 from graphprune.errors import InputError
 from graphprune.plan import Plan, sliced
 from graphprune.recover.batchnorm import reestimated
-from graphprune.recover.consumers import changed
+from graphprune.recover.consumers import changed, unfit
 from graphprune.recover.quality import Quality, qualities
 from graphprune.recover.sequential import merged, refit
 from graphprune.trace import held
@@ -83,13 +83,12 @@ def repair(
         loss: as for `calibrate`, for the figures.
         sample_dim, progress: as for `calibrate`.
     Raises:
-        InputError: an unknown method, or batches that can be gone through only once.
+        InputError: an unknown method, no iterable of batches, or one that can be gone through only once.
         CalibrationError: the batches cannot be used.
     """
     if method not in METHODS:
         raise InputError(f"repair={method!r}: it is one of {', '.join(METHODS)}")
-    if iter(batches) is batches:
-        raise InputError("the batches are an iterator, which is used up after one pass; pass a list or a DataLoader")
+    require(batches, again=True)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     criterion = None if loss is None else Criterion(loss, sample_dim)
 
@@ -104,7 +103,7 @@ def repair(
     ridges: Mapping[str, float] = {}
     left: Mapping[str, str] = {}
     if method == "least_squares" and sequential:
-        inputs, samples = merged(model, each(), sample_dim)
+        inputs, samples = merged(model, coupling, each(), sample_dim)
         fitted = refit(model, small, coupling, plan, inputs)
         _write(small, fitted.state)
         ridges, left = fitted.ridges, fitted.left
@@ -115,7 +114,7 @@ def repair(
         _write(small, {name: sliced(tensor, plan.kept.get(name, {})) for name, tensor in change.state.items()})
         ridges, left, samples = change.ridges, change.left, found.samples
     if method != "none":
-        repaired = measured()[1]
+        repaired, left = measured()[1], {**left, **unfit(coupling, plan)}
     statistics = reestimated(small, each()) if batchnorm else {}
     if statistics:
         before = {name: tensor.clone() for name, tensor in held(small) if name in statistics}

@@ -13,15 +13,17 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from graphprune.calibrate import Moments, consumers
+from graphprune.calibrate import CONSUMERS, Moments, consumers, layers, shared
 from graphprune.coupling import Coupling
 from graphprune.plan import Plan
+from graphprune.program import Value
 from graphprune.recover.shifts import shifts
 from graphprune.solvers import coefficients
 from graphprune.trace import held
 
 RIDGE = 1e-4
 """Added to the diagonal of second moments, at least, relative to its mean."""
+SHARED = "other parts of the model read its weight, too"
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def changed(
         means_only: change biases alone.
     """
     tensors = dict(held(model))
-    moved = shifts(coupling.program)
+    moved, tied = shifts(coupling.program), shared(coupling.program)
     state: dict[str, torch.Tensor] = {}
     ridges: dict[str, float] = {}
     left: dict[str, str] = {}
@@ -65,6 +67,9 @@ def changed(
         if known is None or not known.count:
             left[consumer.weight] = "no batch reached it"
             continue
+        if consumer.weight in tied and not means_only:
+            left[consumer.weight] = SHARED
+            continue
         shift = moved.get(consumer.weight)
         if means_only and shift is None:
             left[consumer.weight] = "it has no bias and no batch norm behind it to take the mean"
@@ -77,6 +82,21 @@ def changed(
         if shift is not None:
             state[shift.name] = tensors[shift.name].detach().double().cpu() + shift.sign * delta
     return Change({n: t.to(tensors[n]) for n, t in state.items()}, ridges, left)
+
+
+def unfit(coupling: Coupling, plan: Plan) -> dict[str, str]:
+    """Layers that lose inputs and that no method repairs, by module path, with the reason."""
+    keep, memo = coupling.keep(plan.groups), {}  # type: ignore[var-annotated]
+    known = {layer.node for layer in layers(coupling.program)}
+    out = {}
+    for node in coupling.program.nodes:
+        transposed = node.op.startswith("conv_transpose")
+        given = node.arguments.get("input")
+        if node in known or not isinstance(given, Value) or not (transposed or node.op in CONSUMERS):
+            continue
+        if not all(coupling.axes.mask(axis, keep, memo).all() for axis in coupling.dims[given]):
+            out[node.module] = "it is a transposed convolution" if transposed else "its weight is computed"
+    return out
 
 
 class _Columns:

@@ -19,8 +19,8 @@ class Quality:
     Attributes:
         loss: mean loss per sample; None without a loss.
         error: distance of its outputs from the original's, relative to their norm.
-        agreement: fraction of places at which the largest output along the last dim is the original's; None where the
-            first output is no table of numbers.
+        agreement: fraction of places at which the largest number along the last dim of the outputs' first table is the
+            original's; None where there is no table.
     """
 
     loss: float | None
@@ -60,11 +60,12 @@ class _Tally:
     def add(self, got: Sequence[torch.Tensor], want: Sequence[torch.Tensor], loss: float, samples: int) -> None:
         """Compare the outputs of one batch."""
         self.loss, self.samples = self.loss + loss, self.samples + samples
-        for g, w in zip(got, want, strict=True):
+        pairs = [(g, w) for g, w in zip(got, want, strict=True) if g.shape == w.shape]  # caches hold fewer heads
+        for g, w in pairs:
             self.difference += float((g.double() - w.double()).square().sum())
             self.norm += float(w.double().square().sum())
-        if want and want[0].dim() > 1 and want[0].shape[-1] > 1:
-            same = got[0].argmax(-1) == want[0].argmax(-1)
+        for g, w in [(g, w) for g, w in pairs if w.dim() > 1 and w.shape[-1] > 1][:1]:
+            same = g.argmax(-1) == w.argmax(-1)
             self.same, self.places = self.same + int(same.sum()), self.places + same.numel()
 
     def quality(self, with_loss: bool) -> Quality:

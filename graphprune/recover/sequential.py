@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphprune.calibrate import CHUNK, UNFOLDED_LIMIT, Batch, Consumer, columns, layers
+from graphprune.calibrate import CHUNK, UNFOLDED_LIMIT, Batch, Consumer, batched, columns, layers, shared
 from graphprune.coupling import Coupling
 from graphprune.interpret import Replay
 from graphprune.plan import Plan
 from graphprune.program import Node, Program, Value
-from graphprune.recover.consumers import Change
+from graphprune.recover.consumers import SHARED, Change
 from graphprune.recover.shifts import shifts
 from graphprune.recover.streams import branches
 from graphprune.solvers import factorise
@@ -36,24 +36,37 @@ ROWS = 64
 """Positions of feature maps that a fit uses, per column of the weight; more are thinned out evenly."""
 
 
-def merged(model: nn.Module, batches: Iterable[Batch], sample_dim: int) -> tuple[Inputs, int]:
-    """As many samples as `MEMORY` allows, together, from batches that are alike but for their number; and how many."""
+def merged(model: nn.Module, coupling: Coupling, batches: Iterable[Batch], sample_dim: int) -> tuple[Inputs, int]:
+    """As many samples as `MEMORY` allows, together, from batches that are alike but for their samples; and how many."""
     taken: list[Inputs] = []
-    samples, room, shapes = 0, 0, None
+    samples, room = 0, 0
     for batch in batches:
-        found = [(*t.shape[:sample_dim], *t.shape[sample_dim + 1 :], t.dtype) for t in batch.inputs.tensors()]
-        count = next((t.shape[sample_dim] for t in batch.inputs.tensors() if t.dim() > sample_dim), 1)
-        if shapes is None:
-            shapes = found
-            each = _bytes(Replay(model).program(batch.inputs)) // count
-            room = max(count, MEMORY // max(1, each))
-        if found != shapes or samples + count > room:
+        tensors = batch.inputs.tensors()
+        if not taken:
+            program = Replay(model).program(batch.inputs)
+            found = batched(coupling.again(program), sample_dim)
+            many = [value in found for value in program.inputs]
+        count = next((t.shape[sample_dim] for t, held in zip(tensors, many, strict=False) if held), 1)
+        if not taken:
+            room = max(count, MEMORY // max(1, _bytes(program) // count))
+        elif samples + count > room or not _joins(taken[0].tensors(), tensors, many, sample_dim):
             continue
         taken.append(batch.inputs)
         samples += count
-    pieces = [t.tensors() for t in taken]
-    joined = iter([torch.cat(same, sample_dim) if same[0].dim() else same[0] for same in zip(*pieces, strict=True)])
+    pieces = zip(*(t.tensors() for t in taken), many, strict=True)
+    joined = iter([torch.cat(same, sample_dim) if held else same[0] for *same, held in pieces])
     return taken[0].map(lambda _: next(joined)), samples
+
+
+def _joins(first: list[torch.Tensor], other: list[torch.Tensor], many: list[bool], dim: int) -> bool:
+    """Whether two batches differ in nothing but their samples along `dim`, which the tensors marked in `many` hold."""
+
+    def shape(t: torch.Tensor) -> Any:
+        return t.dtype, *t.shape[:dim], *t.shape[dim + 1 :]
+
+    return len(first) == len(other) and all(
+        shape(a) == shape(b) if held else torch.equal(a, b) for a, b, held in zip(first, other, many, strict=True)
+    )
 
 
 def _bytes(program: Program) -> int:
@@ -73,32 +86,41 @@ def refit(model: nn.Module, small: nn.Module, coupling: Coupling, plan: Plan, in
     """
     work = _Refit(model, small, coupling, plan)
     with torch.no_grad():
-        work.run(Replay(model), inputs, work.keep)
-        work.run(Replay(small), inputs, work.fit)
+        work.run(Replay(model), inputs, work.keep, restart=work.inputs.clear)
+        work.run(Replay(small), inputs, work.fit, restart=work.undo)
     return Change(work.written, work.ridges, work.left)
 
 
 class _Refit:
     def __init__(self, model: nn.Module, small: nn.Module, coupling: Coupling, plan: Plan) -> None:
         self.dense, self.small = dict(held(model)), dict(held(small))
-        self.plan, self.shifts = plan, shifts(coupling.program)
+        self.plan, self.shifts, self.tied = plan, shifts(coupling.program), shared(coupling.program)
         self.inputs: dict[str, tuple[torch.Tensor, Consumer]] = {}
         self.original: dict[str, torch.Tensor] = {}
         self.written: dict[str, torch.Tensor] = {}
+        self.before: dict[str, torch.Tensor] = {}
         self.ridges: dict[str, float] = {}
         self.left: dict[str, str] = {}
 
-    def run(self, replay: Replay, inputs: Inputs, each: Callable[[Consumer, torch.Tensor], None]) -> None:
+    def run(
+        self,
+        replay: Replay,
+        inputs: Inputs,
+        each: Callable[[Consumer, torch.Tensor], None],
+        *,
+        restart: Callable[[], None],
+    ) -> None:
         """Run a model, with `each` called for the layers that can be fitted and what they read."""
         program = replay.program(inputs)
         calls = Counter(layer.weight for layer in layers(program))
         found = {}
         for layer in layers(program):
             if reason := self._unfit(layer, calls[layer.weight]):
-                self.left[layer.weight] = reason
+                if (0 if layer.transposed else 1) in self.plan.kept.get(layer.weight, {}):
+                    self.left[layer.weight] = reason
             else:
                 found[layer.node.name] = layer
-        overwritten = {v for node in program.nodes if node.op.endswith("_") for v in node.values()}
+        writing = any(node.op.endswith("_") for node in program.nodes)  # possibly to what a layer read before
         self.branches = branches(program)
         wanted = {branch.stream for branch in self.branches.values()}
         self.streams: dict[Value, torch.Tensor] = {}
@@ -111,17 +133,19 @@ class _Refit:
             for value in shown:
                 held = next((given[name] for name, v in node.arguments.items() if v is value), None)
                 if isinstance(held, torch.Tensor):
-                    self.streams[value] = held.clone() if value in overwritten else held
+                    self.streams[value] = held.clone() if writing else held
             if layer is not None:
                 x = given[layer.argument].detach()
                 with torch.autocast(x.device.type, enabled=False):
-                    each(layer, x.clone() if layer.value in overwritten else x)
+                    each(layer, x.clone() if writing else x)
 
-        replay.run(inputs, stand_in, restart=self.inputs.clear)
+        replay.run(inputs, stand_in, restart=restart)
 
     def _unfit(self, layer: Consumer, calls: int) -> str:
         """Why a layer is not fitted; empty if it is."""
         shape = self.dense[layer.weight].shape
+        if layer.weight in self.tied:
+            return SHARED
         if calls > 1:
             return f"it is called {calls} times"
         if len(shape) > 4:
@@ -169,7 +193,7 @@ class _Refit:
         """
         shape = self.dense[layer.weight].shape
         kernel, taps = tuple(shape[2:]), shape[2:].numel()
-        original, theirs = self.inputs.pop(layer.weight)
+        original, theirs = self.inputs[layer.weight]
         samples = max(1, CHUNK // max(1, original[0].numel() * taps))
         most = max(1, ROWS * shape[1:].numel() // len(original))
         pieces = [
@@ -194,7 +218,7 @@ class _Refit:
     def _lacking(self, layer: Consumer, out: torch.Tensor | None) -> torch.Tensor | None:
         """What the stream that the layer's output is added to lacks, in units of that output; None if there is none."""
         branch = self.branches.get(layer.weight)
-        stream = self.original.pop(layer.weight, None)
+        stream = self.original.get(layer.weight)
         if branch is None or stream is None or branch.stream not in self.streams:
             return None
         dim = 1 if layer.node.op.startswith("conv") else -1
@@ -209,7 +233,13 @@ class _Refit:
 
     def _write(self, name: str, value: torch.Tensor) -> None:
         self.written[name] = value
+        self.before.setdefault(name, self.small[name].clone())
         self.small[name].copy_(value)
+
+    def undo(self) -> None:
+        """Give the small model the weights it had."""
+        for name, value in self.before.items():
+            self.small[name].copy_(value)
 
 
 def _rows(x: torch.Tensor, samples: int, most: int, *, channels_last: bool) -> Iterator[torch.Tensor]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from graphprune.calibrate import layers
+from graphprune.calibrate import Consumer, layers
 from graphprune.program import Node, Program, Value
 
 
@@ -16,31 +17,33 @@ class Shift(NamedTuple):
 
 
 def shifts(program: Program) -> dict[str, Shift]:
-    """Per weight of a layer; layers that are called more than once need a bias of their own for it."""
+    """Per weight of a layer: a tensor that moves the output of each of its calls, and nothing else."""
     readers: dict[Value, list[Node]] = {}
     for node in program.nodes:
         for value in node.values():
             readers.setdefault(value, []).append(node)
-    shown = set(program.outputs)
-    found: dict[str, Shift | None] = {}
+    found: dict[str, list[tuple[Value | None, Node]]] = {}
     for layer in layers(program):
-        output = layer.node.outputs[0]
-        after = readers.get(output, [])
-        shift = Shift(layer.bias, 1) if layer.bias else None
-        if shift is None and len(after) == 1 and output not in shown and (mean := _running_mean(after[0])):
-            shift = Shift(mean, -1)
-        found[layer.weight] = (
-            shift if found.get(layer.weight, shift) == shift and _alone(shift, layer.weight, found) else None
-        )
-    return {weight: shift for weight, shift in found.items() if shift is not None}
+        found.setdefault(layer.weight, []).append(_shift(layer, readers, program.outputs))
+    out = {}
+    for weight, calls in found.items():
+        tensor, nodes = calls[0][0], {node for _, node in calls}
+        if tensor is not None and all(t is tensor for t, _ in calls) and set(readers[tensor]) == nodes:
+            out[weight] = Shift(tensor.target, 1 if tensor.kind == "parameter" else -1)
+    return out
 
 
-def _alone(shift: Shift | None, weight: str, found: dict[str, Shift | None]) -> bool:
-    """Whether no other layer shares the tensor."""
-    return all(other != shift or name == weight for name, other in found.items())
-
-
-def _running_mean(node: Node) -> str:
-    mean = node.arguments.get("running_mean")
-    fits = node.op == "batch_norm" and not node.arguments.get("training")
-    return mean.target if fits and isinstance(mean, Value) and mean.kind == "buffer" else ""
+def _shift(
+    layer: Consumer, readers: Mapping[Value, Sequence[Node]], shown: Sequence[Value]
+) -> tuple[Value | None, Node]:
+    """What moves the output of one call, and the node that reads it."""
+    if layer.bias:
+        bias: Value = next(v for v in layer.node.values() if v.target == layer.bias)
+        return bias, layer.node
+    output = layer.node.outputs[0]
+    after = readers.get(output, ())
+    if len(after) != 1 or output in shown:
+        return None, layer.node
+    mean = after[0].arguments.get("running_mean")
+    fits = after[0].op == "batch_norm" and not after[0].arguments.get("training")
+    return (mean if fits and isinstance(mean, Value) and mean.kind == "buffer" else None), after[0]

@@ -21,6 +21,9 @@ from graphprune.trace.schema import signature, writes
 StandIn = Callable[[Node, Any, tuple[Any, ...], Mapping[str, Any]], Any]
 """Called with a node, the op it calls and the values of its arguments; returns the result, or None to run the op."""
 
+SILENT = ("contiguous", "lift_fresh")
+"""Calls that change no values, and that a run makes or not as layout and device have it: both differ on meta."""
+
 
 def play(program: Program, model: nn.Module, inputs: Inputs, stand_in: StandIn) -> Any:
     """What `model` returns, with every op call of `program` shown to `stand_in` on the way.
@@ -65,15 +68,19 @@ class _Player(SchemaCheckMode):  # type: ignore[no-untyped-call]
             TraceError: another call was recorded here.
         """
         kwargs = dict(kwargs or {})
+        op = signature(func)[0]
+        self._skip(op)
         node = self.program.nodes[self.at] if self.at < len(self.program.nodes) else None
-        met = node is not None and node.op == signature(func)[0]
+        met = node is not None and node.op == op
         result = self.stand_in(node, func, args, kwargs) if met and node is not None else None
         if result is None:
             with no_python_dispatcher():
                 result = func(*args, **kwargs)
         if met:
             self.at += 1
-        elif writes(func) or any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(result)):
+        elif op not in SILENT and (
+            writes(func) or any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(result))
+        ):
             raise TraceError(f"{self._name()} calls {func} where {node or 'nothing more'} was recorded")
         return result
 
@@ -94,8 +101,15 @@ class _Player(SchemaCheckMode):  # type: ignore[no-untyped-call]
         Raises:
             TraceError: it did.
         """
+        self._skip()
         if self.at < len(self.program.nodes):
             raise TraceError(f"{self._name()} ends before {self.program.nodes[self.at]}, which was recorded")
+
+    def _skip(self, op: str = "") -> None:
+        """Pass over recorded calls that a run with values need not make, unless it makes this one now."""
+        left = self.program.nodes
+        while self.at < len(left) and left[self.at].op in SILENT and left[self.at].op != op:
+            self.at += 1
 
     def _name(self) -> str:
         return self.program.model_class
