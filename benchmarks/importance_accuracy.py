@@ -54,6 +54,8 @@ CRITERIA: Mapping[str, Callable[[gp.Calibration, int], Any]] = {
 """By name, from statistics and a seed; LAMP ranks as L2 inside a group, so uniform plans are the same."""
 SETTINGS: Mapping[str, Sequence[str]] = {"all": (), "inner": cifar.STREAM}
 """Which groups are pruned: all of them, or those inside the blocks; what is kept then is the residual stream."""
+STATISTICS = ("gradients", "products", "activations", "ranks", "moments")
+"""What the criteria read."""
 REPAIRS = ("none", "batchnorm", "bias", "least_squares")
 """Nothing; statistics of batch norms taken anew and nothing else; means given back; layers refitted in turn."""
 
@@ -65,18 +67,23 @@ class Subject:
         network: the trained network.
         keep_names: what is not pruned.
         batches: calibration images.
+        statistics: what is collected of them.
     """
 
-    def __init__(self, network: nn.Module, keep_names: Sequence[str], batches: Batches) -> None:
+    def __init__(
+        self, network: nn.Module, keep_names: Sequence[str], batches: Batches, statistics: Sequence[Any] = STATISTICS
+    ) -> None:
+        self.wanted = statistics
         self.network, self.keep_names, self.batches = network, keep_names, batches
         self.inputs = Inputs.of(batches[0][0][:2])
         self.coupling = gp.couple(gp.trace(network, self.inputs), keep_names=keep_names)
 
     @cached_property
     def statistics(self) -> gp.Calibration:
-        """All there are, in one pass."""
-        wanted = ("gradients", "products", "activations", "ranks", "moments")
-        return gp.calibrate(self.network, self.coupling, self.batches, statistics=wanted, loss=LOSS, progress=False)
+        """Collected in one pass."""
+        return gp.calibrate(
+            self.network, self.coupling, self.batches, statistics=self.wanted, loss=LOSS, progress=False
+        )
 
     def plan(self, criterion: str, seed: int, target: float) -> Plan:
         """What a criterion keeps at a fraction of the multiply-adds."""
@@ -95,9 +102,9 @@ class Subject:
         sizes = widths(plan)
         return {c.name: c.at(sizes) / c.at({}) for c in (macs(self.coupling), params(self.coupling))}
 
-    def repaired(self, small: nn.Module, plan: Plan, how: str) -> nn.Module:
-        """A repaired copy of the smaller network."""
-        small = copy.deepcopy(small)
+    def repaired(self, small: nn.Module, plan: Plan, how: str) -> tuple[nn.Module, int]:
+        """A repaired copy of the smaller network, and how many samples it was repaired with."""
+        small, samples = copy.deepcopy(small), sum(len(y) for _, y in self.batches)
         if how == "batchnorm":
             write(small, reestimated(small, self._read()))
         elif how == "bias":
@@ -105,9 +112,8 @@ class Subject:
             write(small, {name: sliced(tensor, plan.kept.get(name, {})) for name, tensor in found.state.items()})
         elif how == "least_squares":
             inputs, samples = merged(self.network, self._read(), 0)
-            assert samples == sum(len(y) for _, y in self.batches), f"only {samples} samples fit"
             write(small, refit(self.network, small, self.coupling, plan, inputs).state)
-        return small
+        return small, samples
 
     def _read(self) -> Iterator[Any]:
         return read(self.batches, 1, torch.device("cpu"))
@@ -154,9 +160,9 @@ def measured(cell: Record, subject: Subject, repairs: Sequence[str], test: Test,
             small, verification = subject.pruned(plan)
             cell["error"] = verification.error
         start = time.perf_counter()
-        network = subject.repaired(small, plan, how)
+        network, samples = subject.repaired(small, plan, how)
         seconds = time.perf_counter() - start
-        cell["accuracy"][how] = asdict(test.accuracy(network)) | {"repair_s": round(seconds, 2)}
+        cell["accuracy"][how] = asdict(test.accuracy(network)) | {"repair_s": round(seconds, 2), "fitted_on": samples}
     return cell
 
 
