@@ -27,8 +27,7 @@ from graphprune.pruning import emit_verified
 from graphprune.recover.batchnorm import reestimated
 from graphprune.recover.consumers import changed
 from graphprune.recover.sequential import merged, refit
-from graphprune.rewrite.state import held
-from graphprune.trace import Inputs
+from graphprune.trace import Inputs, held
 
 Record = dict[str, Any]
 LOSS = nn.functional.cross_entropy
@@ -111,7 +110,7 @@ class Subject:
             found = changed(self.network, self.coupling, plan, self.statistics.moments, means_only=True)
             write(small, {name: sliced(tensor, plan.kept.get(name, {})) for name, tensor in found.state.items()})
         elif how == "least_squares":
-            inputs, samples = merged(self.network, self._read(), 0)
+            inputs, samples = merged(self.network, self.coupling, self._read(), 0)
             write(small, refit(self.network, small, self.coupling, plan, inputs).state)
         return small, samples
 
