@@ -152,7 +152,7 @@ def row(pruned: str, result: gp.Result, found: float) -> Row:
     report = result.report
     assert report.verification is not None, "prune verifies unless it is told not to"
     return Row(
-        target=report.requested.value,
+        target=report.requested.budgets["macs"],
         pruned=pruned,
         accuracy=found,
         macs_kept=report.costs["macs"].kept,

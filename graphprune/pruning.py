@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from graphprune.allocate import Method as Allocation
 from graphprune.allocate import Target, allocate
 from graphprune.calibrate import Calibration, Loss, require
 from graphprune.couple import couple
@@ -46,6 +47,7 @@ def prune(
     *,
     target: Target,
     importance: Importance = Magnitude(),  # noqa: B008 - frozen
+    allocation: Allocation = "uniform",
     norms: Literal["pin", "prune"] = "pin",
     emit: Emit = "auto",
     verify: bool = True,
@@ -61,8 +63,10 @@ def prune(
     Args:
         model: any module; it is not modified.
         example_inputs: a tensor, a tuple of positional arguments, a dict of keyword arguments, or an `Inputs`.
-        target: what fraction to keep, of the channels, the multiply-adds or the parameters.
+        target: what fraction to keep, of the channels, the multiply-adds, the parameters or the memory, and limits.
         importance: ranks the channels of each group.
+        allocation: how the target is shared out over the groups: "uniform", "global", "greedy" or "knapsack", see
+            `graphprune.allocate`; all but the first need an importance whose scores compare between groups.
         norms: "pin" removes only what is exact; "prune" also removes channels that a normalisation takes statistics
             over (transformer width), which changes what the kept channels see.
         emit: "module" for the same class, "graft" for the same class with the forward of some modules from the trace,
@@ -97,7 +101,7 @@ def prune(
     inputs = Inputs.of(example_inputs)
     coupling = couple(trace(model, inputs), norms=norms, on_unknown=on_unknown, keep_names=keep_names)
     require_groups(coupling)
-    plan = allocate(importance(model, coupling), target, coupling)
+    plan = allocate(importance(model, coupling), target, coupling, method=allocation)
     rewritten, verification = emit_verified(model, inputs, coupling, plan, emit=emit, verify=verify)
     options = {name: getattr(importance, name) for name in ("sample_dim", "progress") if hasattr(importance, name)}
     repaired = data and repair_weights(

@@ -1,80 +1,52 @@
-"""How many channels each group keeps: from scores, a cost and a target to a plan."""
+"""How many channels each group keeps: from scores, costs and a target to a plan.
+
+`target` says what to reach, `problem` turns it into widths to choose from, `methods` choose.
+"""
 
 from __future__ import annotations
 
 import itertools
 import reprlib
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
 
 import torch
 
-from graphprune.cost import COSTS
+from graphprune.allocate.methods import METHODS, Method
+from graphprune.allocate.problem import pose
+from graphprune.allocate.target import Target
 from graphprune.coupling import Coupling
-from graphprune.errors import InputError, TargetError
-from graphprune.importance.protocol import Order, Scores, ordered
+from graphprune.errors import InputError
+from graphprune.importance import Order, Scores, ordered
 from graphprune.plan import Plan
 
-
-@dataclass(frozen=True)
-class Target:
-    """What to reach: exactly one of these, each a fraction *kept*, in (0, 1].
-
-    Args:
-        channels: of the channels of every group.
-        macs: of the multiply-adds at the example inputs.
-        params: of the parameters.
-    Raises:
-        TargetError: none or several are given, or one is outside (0, 1].
-
-    Example:
-        >>> Target(macs=0.5).name
-        'macs'
-    """
-
-    channels: float | None = None
-    macs: float | None = None
-    params: float | None = None
-
-    def __post_init__(self) -> None:
-        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
-        if len(given) != 1:
-            raise TargetError(f"Target needs exactly one of channels, macs and params, not {sorted(given) or 'none'}")
-        for name, value in given.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-                raise TargetError(
-                    f"Target({name}={value!r}): the fraction kept lies in (0, 1]; to remove 30 % write {name}=0.7"
-                )
-
-    @property
-    def name(self) -> str:
-        """Which quantity is targeted."""
-        return next(f.name for f in fields(self) if getattr(self, f.name) is not None)
-
-    @property
-    def value(self) -> float:
-        """The fraction kept."""
-        return float(getattr(self, self.name))
+__all__ = ["METHODS", "Method", "Target", "allocate"]
 
 
-def allocate(scores: Scores, target: Target, coupling: Coupling) -> Plan:
-    """Keep the same fraction of every group, the channels that its scores or its order hold best.
+def allocate(scores: Scores, target: Target, coupling: Coupling, *, method: Method = "uniform") -> Plan:
+    """Choose how many channels each group keeps, and which: those that its scores or its order hold best.
+
+    What a plan loses is the sum, over the groups, of the scores of what goes, or of what their orders say.
 
     Args:
         scores: per group name, one score per channel, higher = keep, of equal ones the first; or an order, which says
             itself what stays at a width. A group without scores stays whole.
-        target: the fraction of channels itself, or a cost, for which the fraction is searched.
+        target: what may be spent, and within which limits. All budgets are kept, and as much as fits is used.
         coupling: whose groups are meant.
+        method: "uniform" keeps the same fraction of every group, whatever its scores; "global" cuts all groups at one
+            threshold over their scores, which must then be comparable; "greedy" takes, step by step, what loses least
+            for what it frees; "knapsack" searches for the widths at which least is lost.
     Raises:
-        TargetError: a cost target lies below what is left with one channel per group; the message gives that value.
-        UnknownName: scores for a group that is not there.
-        InputError: scores that are not one number per channel, an order of another size, or one that does not give
-            as many positions as it is asked for.
+        TargetError: a budget lies below what the limits leave; the message gives that value.
+        UnknownName: scores for a group, or a pattern of the target, that is not there.
+        InputError: an unknown method; scores that are not one number per channel, an order of another size, or one that
+            does not give as many positions as it is asked for.
     """
+    if method not in METHODS:
+        raise InputError(f"method={method!r}: it is one of {', '.join(METHODS)}")
     orders = {name: _order(name, score, coupling.group(name).size) for name, score in scores.items()}
-    sizes = {name: order.size for name, order in orders.items()}
-    widths = _uniform(sizes, target.value) if target.name == "channels" else _search(sizes, target, coupling)
-    return Plan.of(coupling, {name: _kept(name, orders[name], width) for name, width in widths.items()})
+    problem = pose(orders, target, coupling, each=method == "uniform")
+    widths = problem.widths(METHODS[method](problem))
+    chosen = {g.name: int(w) for g, w in zip(coupling.groups, widths, strict=True) if w < g.size}
+    return Plan.of(coupling, {name: _kept(name, orders[name], width) for name, width in chosen.items()})
 
 
 def _order(name: str, scores: torch.Tensor | Order, size: int) -> Order:
@@ -113,33 +85,3 @@ def _kept(name: str, order: Order, width: int) -> list[int]:
             f"keep({width}) returns a list of {width} ascending positions from 0 to {order.size - 1}"
         )
     return kept
-
-
-def _uniform(sizes: Mapping[str, int], fraction: float) -> dict[str, int]:
-    """That fraction of each group, rounded to the nearest count, at least one channel."""
-    return {name: min(size, max(1, int(fraction * size + 0.5))) for name, size in sizes.items()}
-
-
-def _search(sizes: Mapping[str, int], target: Target, coupling: Coupling) -> dict[str, int]:
-    """The widest uniform fraction whose cost does not exceed the target.
-
-    Raises:
-        TargetError: one channel per group costs more than that.
-    """
-    cost = COSTS[target.name](coupling)
-    whole = cost.at({})
-    budget = target.value * whole
-    least = cost.at(dict.fromkeys(sizes, 1))
-    if least > budget:
-        raise TargetError(
-            f"{target.name}={target.value} cannot be reached: with one channel left in each of {len(sizes)} groups, "
-            f"{least / whole:.4f} of the {target.name} are left; ask for at least that, or unpin more axes "
-            "(print(coupling) lists them with their causes)"
-        )
-    low, high = 0.0, 1.0
-    if cost.at(_uniform(sizes, high)) <= budget:
-        return _uniform(sizes, high)
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if cost.at(_uniform(sizes, middle)) <= budget else (low, middle)
-    return _uniform(sizes, low)

@@ -1,68 +1,114 @@
 """What a model costs, as polynomials in the widths of its groups: no plan has to be built or run to know its cost.
 
 MACs are multiply-adds (one multiply-add = 1) of convolutions, linear layers, matrix products and attention at the
-example inputs; parameters are counted once each, tied ones too.
+example inputs; parameters are counted once each, tied ones too. Memory is what a run in eval mode holds at most: all
+weights and buffers, and the activations that are alive at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from graphprune.axes import Atom, Axes, Axis
+from graphprune.cost.memory import lives
+from graphprune.cost.polynomial import Polynomial, Vector
 from graphprune.coupling import Coupling
 from graphprune.plan import Plan
+
+Products = Sequence[Sequence[Axis]]
 
 
 @dataclass(frozen=True, eq=False)
 class Cost:
-    """A sum of products of axis widths.
+    """Sums of products of axis widths: their total, or, where they come and go, the largest total at any time.
 
     Attributes:
         name: what it counts.
-        products: axes whose widths multiply; the products are added.
+        sums: per sum, axes whose widths multiply; the products are added.
         axes: the equations the axes live in.
         atoms: per group name, the atom whose width the group sets.
+        spans: per sum, the first and the last time at which it counts; None where all do at all times.
     """
 
     name: str
-    products: tuple[tuple[Axis, ...], ...]
-    axes: Axes
-    atoms: Mapping[str, Atom]
+    sums: Sequence[Products] = field(repr=False)
+    axes: Axes = field(repr=False)
+    atoms: Mapping[str, Atom] = field(repr=False)
+    spans: Sequence[tuple[int, int]] | None = field(repr=False, default=None)
+
+    @functools.cached_property
+    def polynomial(self) -> Polynomial:
+        """The sums, compiled; variables are the groups in order."""
+        return Polynomial(self.sums, self.axes, list(self.atoms.values()))
+
+    def vector(self, widths: Mapping[str, int]) -> Vector:
+        """Widths of all groups in order; a missing group keeps its size."""
+        return np.array([widths.get(name, atom.size) for name, atom in self.atoms.items()], dtype=float)
+
+    def of(self, widths: Vector) -> float:
+        """The cost at a vector of widths."""
+        sums = self.polynomial.at(widths)
+        return float(sums.sum() if self.spans is None else self._over_time(sums).max())
+
+    def gradient(self, widths: Vector) -> Vector:
+        """What one channel of each group costs at these widths, shape (groups,)."""
+        taken = np.ones(len(self.sums), dtype=bool)
+        if self.spans is not None:
+            peak = int(self._over_time(self.polynomial.at(widths)).argmax())
+            taken = np.array([first <= peak <= end for first, end in self.spans])
+        return self.polynomial.gradient(widths, taken)
+
+    def _over_time(self, sums: Vector) -> Vector:
+        first, last = np.array(self.spans, dtype=np.intp).T
+        ticks = int(last.max()) + 2
+        return (np.bincount(first, sums, ticks) - np.bincount(last + 1, sums, ticks)).cumsum()
 
     def at(self, widths: Mapping[str, int]) -> int:
         """The cost when each group has the width given; a missing group keeps its size."""
-        memo: dict[Axis, Any] = {}
-        by_atom = {self.atoms[name]: width for name, width in widths.items()}
-        total = 0
-        for product in self.products:
-            term = 1
-            for axis in product:
-                term *= self.axes.width(axis, by_atom, memo)
-            total += term
-        return total
+        return round(self.of(self.vector(widths)))
 
 
 def macs(coupling: Coupling) -> Cost:
     """Multiply-adds of a model at the example inputs."""
-    products = tuple(product for applied in coupling.applied.values() for product in applied.macs)
-    return Cost("macs", products, coupling.axes, coupling.atoms)
+    products = [product for applied in coupling.applied.values() for product in applied.macs]
+    return Cost("macs", [products], coupling.axes, coupling.atoms)
 
 
 def params(coupling: Coupling) -> Cost:
     """Number of parameter elements."""
-    products = tuple(coupling.dims[value] for value in coupling.program.parameters)
-    return Cost("params", products, coupling.axes, coupling.atoms)
+    products = [coupling.dims[value] for value in coupling.program.parameters]
+    return Cost("params", [products], coupling.axes, coupling.atoms)
+
+
+def memory(coupling: Coupling) -> Cost:
+    """Bytes that a run at the example inputs holds at most: parameters, buffers, and activations that live at once."""
+    program = coupling.program
+    spans = {v: (0, len(program.nodes)) for v in program.state if v.kind != "constant"} | lives(program)
+    sums = [[(*coupling.dims[v], Atom(v.dtype.itemsize))] for v in spans]
+    return Cost("memory", sums, coupling.axes, coupling.atoms, list(spans.values()))
+
+
+def channels(coupling: Coupling) -> Cost:
+    """Number of channels of all groups together."""
+    return Cost("channels", [[(atom,) for atom in coupling.atoms.values()]], coupling.axes, coupling.atoms)
 
 
 def activations(coupling: Coupling) -> Cost:
     """Elements of the outputs of everything that multiplies and adds, at the example inputs."""
-    products = tuple(dims for applied in coupling.applied.values() if applied.macs for dims in applied.outputs)
-    return Cost("activations", products, coupling.axes, coupling.atoms)
+    products = [dims for applied in coupling.applied.values() if applied.macs for dims in applied.outputs]
+    return Cost("activations", [products], coupling.axes, coupling.atoms)
 
 
-COSTS: Mapping[str, Callable[[Coupling], Cost]] = {"macs": macs, "params": params}
+COSTS: Mapping[str, Callable[[Coupling], Cost]] = {
+    "macs": macs,
+    "params": params,
+    "memory": memory,
+    "channels": channels,
+}
 """Cost models by the name a `Target` uses."""
 
 

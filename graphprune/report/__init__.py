@@ -77,7 +77,7 @@ class Report:
     def __str__(self) -> str:
         """A summary of one screen; `table()` has every group."""
         asked = self.requested
-        lines = [f"graphprune: {self.model_class}, requested {asked.name} {asked.value:g}"]
+        lines = [f"graphprune: {self.model_class}, requested {asked}"]
         for name, change in self.costs.items():
             lines.append(f"  {name:<9} {change.before:>15,} -> {change.after:>15,}  ({change.kept:.3f} kept)")
         smaller = sum(w.after < w.before for w in self.groups)
@@ -163,7 +163,6 @@ def report(
     for name, model in COSTS.items():
         cost = model(coupling)
         costs[name] = Change(cost.at({}), cost.at(kept))
-    costs["channels"] = Change(sum(plan.sizes.values()), sum(kept.values()))
     return Report(
         model_class=coupling.program.model_class,
         requested=target,

@@ -152,15 +152,14 @@ def test_a_cost_target_is_met_and_the_next_wider_fraction_would_miss_it(cost, fr
     kept = widths(plan)
     assert model_of.at(kept) <= fraction * model_of.at({})
     shares = [k / g.size for k, g in zip(kept.values(), coupling.groups, strict=True)]
-    assert max(shares) - min(shares) < 1 / 8
-    wider = {g.name: min(g.size, max(kept[g.name], int((max(shares) + 1 / 16) * g.size + 1))) for g in coupling.groups}
-    assert model_of.at(wider) > fraction * model_of.at({})
+    assert max(shares) - min(shares) <= 1 / 8
+    assert model_of.at(kept) > (fraction - 0.005) * model_of.at({})
 
 
 def test_a_target_out_of_reach_names_the_smallest_value():
     model, example = CifarResNet(1).eval(), torch.rand(1, 3, 32, 32)
     coupling = gp.couple(gp.trace(model, example))
-    with pytest.raises(gp.TargetError, match=r"macs=1e-06 cannot be reached: .* 0\.\d+ of the macs are left"):
+    with pytest.raises(gp.TargetError, match=r"macs=1e-06 cannot be reached: at least 0\.\d+ of the macs are left"):
         gp.allocate(gp.importance.Random()(model, coupling), gp.Target(macs=1e-6), coupling)
 
 
@@ -170,10 +169,9 @@ def test_a_fraction_outside_zero_to_one_is_refused(value):
         gp.Target(macs=value)
 
 
-@pytest.mark.parametrize("given", [{}, {"macs": 0.5, "params": 0.5}])
-def test_a_target_names_exactly_one_quantity(given):
-    with pytest.raises(gp.TargetError, match="exactly one of channels, macs and params"):
-        gp.Target(**given)
+def test_a_target_names_a_quantity():
+    with pytest.raises(gp.TargetError, match=r"at least one of channels, macs, params, memory, such as Target\(macs"):
+        gp.Target(multiple_of=8)
 
 
 @pytest.mark.parametrize("p", [0, -1, float("inf"), float("nan")])

@@ -1,0 +1,193 @@
+"""Methods of allocation: each chooses the widths of a problem's units. Ties go to the first unit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from graphprune.allocate.problem import ROUNDING, Problem, Widths
+from graphprune.cost.polynomial import Vector
+
+Method: TypeAlias = Literal["uniform", "global", "greedy", "knapsack"]
+REFRESHES = 20_000
+"""How often the greedy method works out prices anew, at most; one channel at a time up to this many steps."""
+MULTIPLIERS = 48
+SWEEPS = 12
+EXCHANGED = 256
+"""Up to so many units are exchanged one by one."""
+
+
+def uniform(problem: Problem) -> Widths:
+    """The same fraction of each group, as near as its widths allow: the largest that fits."""
+    sizes = np.array([u.size for u in problem.units], dtype=float)
+
+    def at(fraction: float) -> Widths:
+        nearest = [int(np.abs(u.widths - fraction * u.size - 1e-9).argmin()) for u in problem.units]
+        return np.array(nearest, dtype=np.intp)
+
+    if problem.fits(at(1.0)):
+        return at(1.0)
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if problem.fits(at(middle)) else (low, middle)
+    choice = at(low) if problem.fits(at(low)) else np.zeros(len(sizes), dtype=np.intp)
+
+    def order(unit: int, k: int) -> float:
+        """Those that are least above the fraction come first, each by one step at most."""
+        return float(problem.units[unit].widths[k] / sizes[unit] - low) if k <= choice[unit] + 1 else np.inf
+
+    return filled(problem, choice, order)
+
+
+def threshold(problem: Problem) -> Widths:
+    """One threshold over the importance of single channels: whatever lies below it goes, in every group."""
+    slopes = [_slopes(u.lost, u.widths) for u in problem.units]
+    levels = np.unique(np.concatenate([s for s in slopes if len(s)] or [np.zeros(1)]))
+
+    def above(number: int) -> Widths:
+        """What stays if everything up to the level of that number goes."""
+        level = levels[number - 1] if number else -np.inf
+        return np.array([int((s > level).sum()) for s in slopes], dtype=np.intp)
+
+    low, high = 0, len(levels)
+    while low < high:  # the lowest that fits
+        middle = (low + high) // 2
+        low, high = (low, middle) if problem.fits(above(middle)) else (middle + 1, high)
+    choice = above(low)
+    return filled(problem, choice, lambda unit, k: -slopes[unit][k - 1])
+
+
+def greedy(problem: Problem) -> Widths:
+    """Step by step, what loses least importance for what it frees, at the widths of that moment (Group Fisher)."""
+    choice = problem.most
+    each = max(1, sum(len(u.widths) - 1 for u in problem.units) // REFRESHES)
+    spent = problem.spent(choice)
+    while (spent > 1 + ROUNDING).any():
+        rate = _rates(problem, choice, np.where(spent > 1 + ROUNDING, spent - 1, 0.0))
+        for unit in np.argsort(rate, kind="stable")[:each]:
+            if np.isfinite(rate[unit]):
+                choice[unit] -= 1
+        spent = problem.spent(choice)
+    return filled(problem, choice, _worth(problem))
+
+
+def knapsack(problem: Problem) -> Widths:
+    """The widths at which least importance is lost: the best of Lagrangian relaxations and the other methods, each
+    improved by exchanges until none helps.
+    """
+    starts = [uniform(problem), threshold(problem), greedy(problem), *_relaxed(problem)]
+    starts.sort(key=problem.lost)
+    best = [improved(problem, start) for start in starts[:3]]
+    return min(best, key=problem.lost)
+
+
+METHODS: Mapping[str, Callable[[Problem], Widths]] = {
+    "uniform": uniform,
+    "global": threshold,
+    "greedy": greedy,
+    "knapsack": knapsack,
+}
+
+
+# -- pieces ------------------------------------------------------------------------------------------------------
+
+
+def filled(problem: Problem, choice: Widths, order: Callable[[int, int], float]) -> Widths:
+    """Give back what fits of what was taken, the smallest `order(unit, position it would get)` first.
+
+    Steps whose order is infinite are not taken.
+    """
+    choice = choice.copy()
+    blocked: set[int] = set()
+    while True:
+        steps = [
+            (order(i, int(k) + 1), i)
+            for i, (u, k) in enumerate(zip(problem.units, choice, strict=True))
+            if k + 1 < len(u.widths) and i not in blocked
+        ]
+        for rank, unit in sorted(steps):
+            if rank == np.inf:
+                return choice
+            choice[unit] += 1
+            if problem.fits(choice):
+                break
+            choice[unit] -= 1
+            blocked.add(unit)  # prices only rise as widths grow
+        else:
+            return choice
+
+
+def improved(problem: Problem, choice: Widths) -> Widths:
+    """Exchange: take a step from one unit, give back elsewhere what fits then, as long as less is lost."""
+    if len(problem.units) > EXCHANGED:
+        return choice
+    worth, best = _worth(problem), problem.lost(choice)
+    again = True
+    while again:
+        again = False
+        for unit in np.argsort(_rates(problem, choice, np.ones(len(problem.limits))), kind="stable"):
+            if choice[unit] == 0:
+                continue
+            other = choice.copy()
+            other[unit] -= 1
+            other = filled(problem, other, _barred(worth, int(unit)))
+            if (lost := problem.lost(other)) < best - 1e-12 * abs(best):
+                choice, best, again = other, lost, True
+    return choice
+
+
+def _relaxed(problem: Problem) -> Iterator[Widths]:
+    """Feasible choices at several prices of importance: every unit takes the width at which importance lost and what
+    is spent are least together, all at once and repeatedly, since what one costs depends on the others.
+    """
+    low, high = -12.0, 12.0
+    scale = max((float(np.ptp(u.lost)) for u in problem.units), default=1.0) or 1.0
+    choice = problem.most
+    for _ in range(MULTIPLIERS):
+        middle = (low + high) / 2
+        for _ in range(SWEEPS):
+            prices = problem.prices(choice).sum(0) * scale * 10**middle
+            wanted = [int((u.lost + p * u.widths).argmin()) for u, p in zip(problem.units, prices, strict=True)]
+            step = np.array(wanted, dtype=np.intp) - choice
+            if not step.any():
+                break
+            choice = choice + np.where(np.abs(step) > 1, step // 2, step)
+        if problem.fits(choice):
+            high = middle
+            yield filled(problem, choice, _worth(problem))
+        else:
+            low = middle
+
+
+def _rates(problem: Problem, choice: Widths, weights: Vector) -> Vector:
+    """Per unit, the importance that the next step loses for what it frees; infinite where there is no step."""
+    last = choice == 0
+    below = np.where(last, 0, choice - 1)
+    freed = (weights @ problem.prices(choice)) * (problem.width(choice) - problem.width(below))
+    lost = problem.losses(below) - problem.losses(choice)
+    rate = np.divide(lost, freed, out=np.full(len(lost), np.finfo(float).max), where=freed > 0)
+    return np.where(last, np.inf, rate)
+
+
+def _worth(problem: Problem) -> Callable[[int, int], float]:
+    """Orders steps back by the importance they save for each channel."""
+
+    def order(unit: int, k: int) -> float:
+        u = problem.units[unit]
+        return -float(u.lost[k - 1] - u.lost[k])
+
+    return order
+
+
+def _barred(order: Callable[[int, int], float], barred: int) -> Callable[[int, int], float]:
+    """The same order without one unit."""
+    return lambda unit, k: np.inf if unit == barred else order(unit, k)
+
+
+def _slopes(lost: Vector, widths: Widths) -> Vector:
+    """Per step, the importance of one of its channels, made to fall as more stay: [k - 1] is that of the step to k."""
+    steps = -np.diff(lost) / np.diff(widths)
+    return np.minimum.accumulate(steps)

@@ -1,0 +1,214 @@
+"""The problem that all methods solve: which widths groups may have, what is lost at each, and what may be spent."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from graphprune.allocate.target import Target
+from graphprune.cost import COSTS, Cost
+from graphprune.cost.polynomial import Vector
+from graphprune.coupling import Coupling
+from graphprune.errors import TargetError, UnknownName, nearest
+from graphprune.importance import Order
+
+Widths = npt.NDArray[np.intp]
+ROUNDING = 1e-12
+"""By how much a cost may exceed its limit, relative to it: limits are fractions in floating point."""
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """Groups whose widths are one decision; mostly a single one.
+
+    Attributes:
+        groups: positions of the groups among those of the coupling.
+        widths: what the width may be, ascending, the last being the most that is allowed.
+        lost: the importance lost at each of them, of all groups of the unit together.
+        size: channels of each group.
+    """
+
+    groups: tuple[int, ...]
+    widths: Widths
+    lost: Vector
+    size: int
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Choose one of the widths of each unit such that no cost exceeds its limit.
+
+    A choice is a vector of positions among the widths of the units.
+
+    Attributes:
+        units: the decisions.
+        costs, limits: what may be spent.
+        whole: widths of all groups of the coupling before pruning.
+    """
+
+    units: tuple[Unit, ...]
+    costs: tuple[Cost, ...]
+    limits: Vector
+    whole: Vector
+
+    def __post_init__(self) -> None:
+        starts = np.cumsum([0, *(len(u.widths) for u in self.units)])[:-1].astype(np.intp)
+        object.__setattr__(self, "_starts", starts)
+        object.__setattr__(self, "_widths", np.concatenate([u.widths for u in self.units] or [np.zeros(0, np.intp)]))
+        object.__setattr__(self, "_lost", np.concatenate([u.lost for u in self.units] or [np.zeros(0)]))
+        object.__setattr__(self, "_group", np.array([g for u in self.units for g in u.groups], dtype=np.intp))
+        which = [i for i, u in enumerate(self.units) for _ in u.groups]
+        object.__setattr__(self, "_unit", np.array(which, dtype=np.intp))
+
+    @property
+    def most(self) -> Widths:
+        """The choice of the largest widths."""
+        return np.array([len(u.widths) - 1 for u in self.units], dtype=np.intp)
+
+    def width(self, choice: Widths) -> Widths:
+        """Width per unit."""
+        found: Widths = self._widths[self._starts + choice]  # type: ignore[attr-defined]
+        return found
+
+    def widths(self, choice: Widths) -> Vector:
+        """Widths of all groups of the coupling."""
+        out = self.whole.copy()
+        out[self._group] = self.width(choice)[self._unit]  # type: ignore[attr-defined]
+        return out
+
+    def spent(self, choice: Widths) -> Vector:
+        """The costs, each relative to its limit: 1 is all that may be spent."""
+        widths = self.widths(choice)
+        return np.array([cost.of(widths) for cost in self.costs]) / self.limits
+
+    def fits(self, choice: Widths) -> bool:
+        """Whether no limit is exceeded."""
+        return bool((self.spent(choice) <= 1 + ROUNDING).all())
+
+    def prices(self, choice: Widths) -> npt.NDArray[np.float64]:
+        """Per cost and unit, what one channel costs at these widths, relative to the limit."""
+        widths = self.widths(choice)
+        out = np.zeros((len(self.costs), len(self.units)))
+        for row, cost, limit in zip(out, self.costs, self.limits, strict=True):
+            held = cost.gradient(widths)[self._group] / limit  # type: ignore[attr-defined]
+            row += np.bincount(self._unit, held, len(self.units))  # type: ignore[attr-defined]
+        return out
+
+    def losses(self, choice: Widths) -> Vector:
+        """The importance lost in each unit."""
+        found: Vector = self._lost[self._starts + choice]  # type: ignore[attr-defined]
+        return found
+
+    def lost(self, choice: Widths) -> float:
+        """The importance lost."""
+        return float(self.losses(choice).sum())
+
+
+def pose(orders: Mapping[str, Order], target: Target, coupling: Coupling, *, each: bool) -> Problem:
+    """The problem of a target.
+
+    Args:
+        orders: per group, what stays at each width; a group without an order stays whole.
+        target: budgets and limits.
+        coupling: whose groups are meant.
+        each: whether a fraction of the channels is one of every group, or of all of them together.
+    Raises:
+        UnknownName: a pattern of the target matches no group.
+        TargetError: tied groups differ in size, or the least that the limits allow exceeds a budget.
+    """
+    names = [g.name for g in coupling.groups]
+    sizes = {g.name: g.size for g in coupling.groups}
+    fractions = _fractions(target, names, each=each)
+    protected = {name for pattern in target.protect for name in matching(pattern, names)}
+    free = [name for name in names if name in orders and name not in protected]
+    free = [name for name in free if not fractions or name in fractions]
+    units = []
+    for members in _tied(target, names, free, sizes):
+        size = sizes[members[0]]
+        widths = allowed(size, target, min(fractions.get(name, 1.0) for name in members))
+        lost = np.sum([orders[name].lost.numpy()[widths] for name in members], axis=0)
+        units.append(Unit(tuple(names.index(name) for name in members), widths, lost, size))
+    whole = np.array([sizes[name] for name in names], dtype=float)
+    budgets = {name: share for name, share in target.budgets.items() if not (each and name == "channels")}
+    costs = {name: COSTS[name](coupling) for name in budgets}
+    limits = np.array([budgets[name] * costs[name].of(whole) for name in budgets])
+    problem = Problem(tuple(units), tuple(costs.values()), limits, whole)
+    _check_reachable(problem, budgets, target)
+    return problem
+
+
+def allowed(size: int, target: Target, fraction: float = 1.0) -> Widths:
+    """The widths that a group of some size may have, ascending, up to a fraction of it."""
+    step = target.multiple_of
+    least = target.floor if isinstance(target.floor, int) else math.ceil(target.floor * size - 1e-9)
+    least = min(size, max(1, least))
+    most = size if fraction >= 1 else min(size, max(1, int(fraction * size + 0.5)))
+    found = [w for w in range(step, most + 1, step) if w >= least]
+    if most == size and (not found or found[-1] != size):
+        found.append(size)
+    if not found:  # the fraction is below what floor and multiples allow
+        found = [min([w for w in range(step, size + 1, step) if w >= least], default=size)]
+    return np.array(found, dtype=np.intp)
+
+
+def matching(pattern: str, names: Iterable[str]) -> list[str]:
+    """The names that a name or pattern stands for.
+
+    Raises:
+        UnknownName: there are none; the message gives the nearest names.
+    """
+    names = list(names)
+    found = [pattern] if pattern in names else fnmatch.filter(names, pattern)
+    if not found:
+        raise UnknownName(f"no group {pattern!r}{nearest(pattern, names)}")
+    return found
+
+
+def _fractions(target: Target, names: Sequence[str], *, each: bool) -> dict[str, float]:
+    """The fraction of each group that was given one; of several patterns the last counts."""
+    if not isinstance(target.channels, Mapping):
+        return dict.fromkeys(names, target.channels) if each and target.channels is not None else {}
+    return {name: f for pattern, f in target.channels.items() for name in matching(pattern, names)}
+
+
+def _tied(target: Target, names: Sequence[str], free: Sequence[str], sizes: Mapping[str, int]) -> list[list[str]]:
+    """The free groups, those that are tied together in one list; tied to one that is not free they stay whole.
+
+    Raises:
+        TargetError: tied groups differ in size.
+    """
+    which: dict[str, list[str]] = {name: [name] for name in names}
+    for patterns in target.tied:
+        members = list(dict.fromkeys(n for p in patterns for m in matching(p, names) for n in which[m]))
+        if len({sizes[name] for name in members}) > 1:
+            different = ", ".join(f"{name} has {sizes[name]}" for name in members[:4])
+            raise TargetError(f"tied groups have one size, and {different} channels; tie those that are equal")
+        which |= dict.fromkeys(members, members)
+    unique = {id(members): members for members in which.values()}
+    return [members for members in unique.values() if all(name in free for name in members)]
+
+
+def _check_reachable(problem: Problem, budgets: Mapping[str, float], target: Target) -> None:
+    """Refuse budgets that even the smallest widths exceed.
+
+    Raises:
+        TargetError: one is; the message gives what can be reached, and what is in the way.
+    """
+    spent = problem.spent(np.zeros(len(problem.units), dtype=np.intp))
+    wrong = [
+        f"{name}={budgets[name]:g} cannot be reached: at least {share * budgets[name]:.4f} of the {name} are left"
+        for name, share in zip(budgets, spent, strict=True)
+        if share > 1 + ROUNDING
+    ]
+    if wrong:
+        limits = f"floor={target.floor} and multiple_of={target.multiple_of}"
+        raise TargetError(
+            "\n".join(wrong)
+            + f"\nwith the least that {limits} allow in each of {len(problem.units)} groups; ask for at least that, "
+            "or unpin more axes (print(coupling) lists them with their causes)"
+        )
