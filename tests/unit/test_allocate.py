@@ -74,8 +74,8 @@ def test_every_budget_is_kept_and_no_step_of_any_group_would_still_fit(posed, ne
 @pytest.mark.parametrize("method", METHODS)
 def test_macs_and_parameters_are_those_of_the_emitted_module(posed, method):
     model, x, coupling, scores = posed["residual"]
-    plan = gp.allocate(scores, gp.Target(macs=0.5), coupling, method=method)
-    small = gp.rewrite(model, x, coupling, plan).model
+    result = gp.prune(model, x, target=gp.Target(macs=0.5), importance=lambda *_: scores, allocation=method)
+    small, plan = result.model, result.plan
     with FlopCounterMode(display=False) as counter:
         small(x)
     assert counter.get_total_flops() == 2 * COSTS["macs"](coupling).at(widths(plan))
