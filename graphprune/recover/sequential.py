@@ -259,11 +259,13 @@ class _Refit:
         self.written[name] = value
         self.before.setdefault(name, self.small[name].clone())
         self.small[name].copy_(value)
+        torch.clear_autocast_cache()  # it holds the weight as it was
 
     def undo(self) -> None:
         """Give the small model the weights it had."""
         for name, value in self.before.items():
             self.small[name].copy_(value)
+        torch.clear_autocast_cache()
 
 
 def _rows(x: torch.Tensor, samples: int, most: int, *, channels_last: bool) -> Iterator[torch.Tensor]:

@@ -430,6 +430,7 @@ def test_repair_takes_samples_along_the_dim_that_the_criterion_says():
         model, batches[0][0], target=gp.Target(channels=0.5), importance=criterion, repair="least_squares"
     )
     assert result.report.repair.samples == 11
+    assert result.report.repair.left == {"gru": "it is recurrent: what it hands on to itself is not seen"}
     assert result.report.repair.repaired.error < result.report.repair.pruned.error
 
 
@@ -537,6 +538,7 @@ def test_the_report_says_what_repair_did_and_was_worth():
     for title, quality in (("before pruning", said.original), ("pruned", said.pruned), ("repaired", said.repaired)):
         line = f"    {title:<15} loss {quality.loss:.4g}, output off by {quality.error:.3g}, same largest output for"
         assert f"{line} {quality.agreement:.1%}" in text
+    assert f"fitted          {len(said.ridges)} layers, ridge 1e-03 to" in text
     assert "not repaired" not in text
     assert said.original.error == 0
     assert said.original.agreement == 1
@@ -552,6 +554,20 @@ def test_layers_that_are_left_are_in_the_report():
     model, x = UNet().eval(), images(4, 16).float()
     result = gp.prune(model, x, target=gp.Target(channels=0.7), repair="least_squares", batches=[x])
     assert "not repaired    2 layers, such as up2: it is a transposed convolution" in str(result.report)
+
+
+def test_repair_under_mixed_precision_fits_in_single_precision():
+    model = TinyViT().eval()
+    coupling = gp.couple(gp.trace(model, images(2).float()))
+    x = images(30).float()
+    made = {}
+    for mixed in (False, True):
+        small, plan = pruned(model, coupling, {g.name: range(2) for g in coupling.groups}, x[:2])
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            said = gp.repair(model, small, coupling, plan, [x])
+        assert said.repaired.error < said.pruned.error
+        made[mixed] = small.attention.proj.weight.detach()
+    assert 0 < (made[True] - made[False]).norm() < 0.1 * made[False].norm()
 
 
 def test_repair_of_nothing_changes_nothing():
