@@ -224,12 +224,11 @@ class _Refit:
         lacking = self._lacking(layer, out)
         if lacking is not None:
             pieces.append(_rows(lacking, samples, most, channels_last=not layer.node.op.startswith("conv")))
-        weight = dense.to(original)
         rows, sums = 0, [torch.zeros(()).double() for _ in range(4)]
         for want, got, *more in zip(*pieces, strict=True):
             if want.shape[0] > got.shape[0]:  # whole groups of the convolution are gone
                 want = want[(self.plan.kept[layer.weight][0] // (shape[0] // want.shape[0])).unique()]
-            output = want @ weight.mT
+            output = want @ dense.to(want).mT
             if more:
                 output = output + more[0].unflatten(1, (layer.groups, -1)).movedim(1, 0)
             rows += got.shape[1]
@@ -247,7 +246,8 @@ class _Refit:
             return None
         dim = 1 if layer.node.op.startswith("conv") else -1
         stream = stream if out is None else stream.index_select(dim, out.to(stream.device))
-        lacking = stream - self.streams[branch.stream]
+        wide = torch.promote_types(stream.dtype, torch.float32)
+        lacking = stream.to(wide) - self.streams[branch.stream].to(wide)
         if branch.scale:
             factor = self.small[branch.scale] / (self.small[branch.variance] + branch.eps).sqrt()
             usable = factor.abs() > FAINT * factor.abs().max()

@@ -283,6 +283,49 @@ def test_each_layer_is_fitted_to_the_original_from_what_the_repaired_ones_before
     assert said.repaired.error < 0.5 * said.pruned.error
 
 
+class Blocks(nn.Module):
+    """Two residual blocks, their last layers added to the stream as they are or behind a batch norm."""
+
+    def __init__(self, normed):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 5, 1)
+        self.inner = nn.ModuleList(nn.Conv2d(6, 8, 3, padding=1) for _ in range(2))
+        self.outer = nn.ModuleList(nn.Conv2d(8, 6, 1, bias=not normed) for _ in range(2))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(6) if normed else nn.Identity() for _ in range(2))
+
+    def streams(self, x):
+        found = [self.stem(x)]
+        for inner, outer, norm in zip(self.inner, self.outer, self.norms, strict=True):
+            found.append(found[-1] + norm(outer(inner(found[-1]).relu())))
+        return found
+
+    def forward(self, x):
+        return self.head(self.streams(x)[-1])
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_the_last_layer_of_a_residual_block_is_fitted_to_what_the_stream_lacks_too(normed):
+    model, coupling = coupled(Blocks(normed), torch.rand(2, 3, 4, 4))
+    x = images(20, 4)
+    small, plan = pruned(model, coupling, {"inner.0": [0, 2, 3, 6], "inner.1": [1, 2, 5, 7]}, x[:2])
+    now = small.outer[1].weight.detach().flatten(1).clone()
+    said = gp.repair(model, small, coupling, plan, [x], batchnorm=False)
+    (_, stream, _), (_, mine, _) = model.streams(x), small.streams(x)
+    assert (stream - mine).norm() > 0.01 * stream.norm()
+    scale = (
+        model.norms[1].weight / (model.norms[1].running_var + model.norms[1].eps).sqrt() if normed else torch.ones(6)
+    )
+    wanted = model.outer[1](model.inner[1](stream).relu()) + (stream - mine) / scale.view(-1, 1, 1)
+    rows, wanted = (t.detach().transpose(0, 1).flatten(1).T for t in (small.inner[1](mine).relu(), wanted))
+    weight, bias = ridged(rows, wanted, now, sequential.RIDGE)
+    near(small.outer[1].weight.detach().flatten(1), weight)
+    near(
+        small.norms[1].running_mean if normed else small.outer[1].bias.detach(),
+        model.norms[1].running_mean - bias if normed else bias,
+    )
+    assert said.repaired.error < 0.9 * said.pruned.error
+
+
 def test_positions_are_thinned_out_evenly_in_what_is_fitted(monkeypatch):
     monkeypatch.setattr(sequential, "ROWS", 2)
     net = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 1))
