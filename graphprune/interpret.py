@@ -94,7 +94,9 @@ class Replay:
         Raises:
             TraceError: the model cannot be traced with these inputs.
         """
-        key = tuple((t.shape, t.dtype) for t in inputs.tensors())
+        leaves, form = pytree.tree_flatten((inputs.args, dict(inputs.kwargs)))
+        seen = [(leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else repr(leaf) for leaf in leaves]
+        key = (str(form), *seen)
         if key not in self._programs:
             with torch.autocast(_device(self.model), enabled=False):
                 self._programs[key] = trace(self.model, inputs, front_end="export" if self._export else "auto")

@@ -12,10 +12,11 @@ from tests.nets import randomised
 
 
 def coupled(model, *inputs, **options):
-    """The model in float64 with no value left at zero, and its coupling."""
+    """The model in float64 with no value left at zero, and its coupling; a mapping stands for keyword arguments."""
     model = randomised(model).double()
+    example = gp.Inputs.of(inputs[0] if isinstance(inputs[0], dict) else inputs)
     return model, gp.couple(
-        gp.trace(model, tuple(t.double() if t.is_floating_point() else t for t in inputs)), **options
+        gp.trace(model, example.map(lambda t: t.double() if t.is_floating_point() else t)), **options
     )
 
 

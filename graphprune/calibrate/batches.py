@@ -138,11 +138,13 @@ class Criterion:
             CalibrationError: it is neither a mean nor a sum.
         """
         first = samples // 2
-        with torch.no_grad():
-            a, b = (
-                float(self._call(*(_rows(tree, self.sample_dim, samples, part) for tree in (output, target))))
-                for part in (slice(0, first), slice(first, samples))
-            )
+        try:
+            a, b = (self._of_part(output, target, samples, part) for part in (slice(0, first), slice(first, samples)))
+        except Exception as error:
+            raise CalibrationError(
+                f"the loss fails on a part of a batch, {type(error).__name__}: {error}\nso nothing tells whether it "
+                "is a mean or a sum over samples: return the loss of each sample (reduction='none')"
+            ) from error
         mean, total = (a * first + b * (samples - first)) / samples, a + b
         scale = max(abs(whole), abs(a), abs(b), 1e-12)
         if abs(whole - mean) <= ADDITIVE * scale:
@@ -154,6 +156,10 @@ class Criterion:
             f"{first} and {samples - first} give {a:.6g} and {b:.6g}; use one that is, such as cross entropy without "
             "weights, or return the loss of each sample (reduction='none')"
         )
+
+    def _of_part(self, output: Any, target: Any, samples: int, part: slice) -> float:
+        with torch.no_grad():
+            return float(self._call(*(_rows(tree, self.sample_dim, samples, part) for tree in (output, target))))
 
 
 def _rows(tree: Any, dim: int, samples: int, part: slice) -> Any:

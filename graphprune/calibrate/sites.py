@@ -1,7 +1,8 @@
 """Where channels end: the operands that a node has channels of while its outputs have none.
 
 There each channel of a group is multiplied by weights and summed, so zeroing it there, at all of its ends at once, is
-removing it. Everything that data can tell about a group is read at its ends.
+removing it. Everything that data can tell about a group is read at its ends. A recurrent layer is one node: what its
+cells hand on to themselves is not seen, only what the layer gives to others.
 """
 
 from __future__ import annotations
@@ -148,6 +149,18 @@ CONSUMERS: Mapping[str, tuple[str, str, str]] = {
     "matmul": ("self", "other", ""),
 }
 """Per op: its input, its weight, its bias."""
+SUMMED: Mapping[str, tuple[str, str, int]] = {
+    "linear": ("input", "weight", 1),
+    "conv1d": ("input", "weight", 1),
+    "conv2d": ("input", "weight", 1),
+    "conv3d": ("input", "weight", 1),
+    "addmm": ("mat1", "mat2", 0),
+    "mm": ("self", "self", -1),
+    "matmul": ("self", "self", -1),
+    "bmm": ("self", "self", -1),
+    "scaled_dot_product_attention": ("query", "query", -1),
+}
+"""Per op: an operand, and the tensor and its dim over which it is summed."""
 
 
 def consumers(coupling: Coupling) -> Iterator[Consumer]:
@@ -259,12 +272,21 @@ class _Finder:
         """What ends at an operand and did not at an earlier operand of its node."""
         if self.met is None or self.met[0] is not node:
             self.met = node, self._atoms(node.outputs)
-        ended = self._atoms((value,)) - self.met[1]
+        atoms = self._atoms((value,))
+        ended = atoms - self.met[1] | atoms & self._summed(node, argument)
         if not ended:
             return None
         self.met[1].update(ended)
         ordered = [(atom, name) for atom, name in self.names.items() if atom in ended]
         return End(node, argument, index, value, {name: self._reader(value, atom) for atom, name in ordered})
+
+    def _summed(self, node: Node, argument: str) -> set[Atom]:
+        """What a node sums an operand over, though its outputs may have the same channels, those of a stream, say."""
+        operand, holder, dim = SUMMED.get(node.op, ("", "", 0))
+        held = node.arguments.get(holder)
+        if argument != operand or not isinstance(held, Value):
+            return set()
+        return set(self.axes.leaves(self.coupling.dims[held][dim]))
 
     def last_maps(self, node: Node, argument: str, index: int | None, value: Value) -> End:
         """The groups that an operand holds as maps, and the outputs of its node do not."""

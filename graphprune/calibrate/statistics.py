@@ -261,7 +261,7 @@ def _unfolded(consumer: Consumer, x: torch.Tensor, kernel: tuple[int, ...], most
         x = F.pad(x, [n for n in reversed(padding) for _ in range(2)])
         for d, step in enumerate(stride, start=2):
             x = x.index_select(d, torch.arange(0, x.shape[d], step, device=x.device))
-        return x.flatten(2)
+        return _thinned(x.flatten(2), most)
     if len(kernel) == 1:
         x, kernel, stride, dilation, padding = x[:, :, None], (1, *kernel), (1, *stride), (1, *dilation), (0, *padding)
     size = [

@@ -134,3 +134,4 @@ def _write(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
         for name, tensor in held(model):
             if name in state:
                 tensor.copy_(state[name])
+    torch.clear_autocast_cache()  # it holds the tensors as they were

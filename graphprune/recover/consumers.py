@@ -23,6 +23,12 @@ from graphprune.trace import held
 
 RIDGE = 1e-4
 """Added to the diagonal of second moments, at least, relative to its mean."""
+_RECURRENT = "it is recurrent: what it hands on to itself is not seen"
+_UNFIT: Mapping[str, str] = {
+    **dict.fromkeys(CONSUMERS, "its weight is computed"),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), "it is a transposed convolution"),
+    **dict.fromkeys(("gru", "lstm", "rnn_tanh", "rnn_relu"), _RECURRENT),
+}
 SHARED = "other parts of the model read its weight, too"
 
 
@@ -90,12 +96,12 @@ def unfit(coupling: Coupling, plan: Plan) -> dict[str, str]:
     known = {layer.node for layer in layers(coupling.program)}
     out = {}
     for node in coupling.program.nodes:
-        transposed = node.op.startswith("conv_transpose")
-        given = node.arguments.get("input")
-        if node in known or not isinstance(given, Value) or not (transposed or node.op in CONSUMERS):
+        given, reason = node.arguments.get("input"), _UNFIT.get(node.op)
+        if node in known or reason is None or not isinstance(given, Value):
             continue
-        if not all(coupling.axes.mask(axis, keep, memo).all() for axis in coupling.dims[given]):
-            out[node.module] = "it is a transposed convolution" if transposed else "its weight is computed"
+        read = (given, *node.outputs) if reason == _RECURRENT else (given,)
+        if not all(coupling.axes.mask(axis, keep, memo).all() for value in read for axis in coupling.dims[value]):
+            out[node.module] = reason
     return out
 
 

@@ -17,12 +17,13 @@ from torch import nn
 
 from graphprune.calibrate import CHUNK, UNFOLDED_LIMIT, Batch, Consumer, batched, columns, layers, shared
 from graphprune.coupling import Coupling
+from graphprune.errors import CalibrationError
 from graphprune.interpret import Replay
 from graphprune.plan import Plan
 from graphprune.program import Node, Program, Value
 from graphprune.recover.consumers import SHARED, Change
 from graphprune.recover.shifts import shifts
-from graphprune.recover.streams import branches
+from graphprune.recover.streams import Branch, branches
 from graphprune.solvers import factorise
 from graphprune.trace import Inputs, held, signature
 
@@ -83,6 +84,8 @@ def refit(model: nn.Module, small: nn.Module, coupling: Coupling, plan: Plan, in
         inputs: all samples.
     Returns:
         New values at the shapes of `small`.
+    Raises:
+        CalibrationError: a layer reads values that are not finite.
     """
     work = _Refit(model, small, coupling, plan)
     with torch.no_grad():
@@ -97,6 +100,8 @@ class _Refit:
         self.plan, self.shifts, self.tied = plan, shifts(coupling.program), shared(coupling.program)
         self.inputs: dict[str, tuple[torch.Tensor, Consumer]] = {}
         self.original: dict[str, torch.Tensor] = {}
+        self.branches: dict[str, Branch] = {}
+        self.streams: dict[Value, torch.Tensor] = {}
         self.written: dict[str, torch.Tensor] = {}
         self.before: dict[str, torch.Tensor] = {}
         self.ridges: dict[str, float] = {}
@@ -111,19 +116,20 @@ class _Refit:
         restart: Callable[[], None],
     ) -> None:
         """Run a model, with `each` called for the layers that can be fitted and what they read."""
-        program = replay.program(inputs)
-        calls = Counter(layer.weight for layer in layers(program))
-        found = {}
-        for layer in layers(program):
-            if reason := self._unfit(layer, calls[layer.weight]):
-                if (0 if layer.transposed else 1) in self.plan.kept.get(layer.weight, {}):
-                    self.left[layer.weight] = reason
-            else:
-                found[layer.node.name] = layer
-        writing = any(node.op.endswith("_") for node in program.nodes)  # possibly to what a layer read before
-        self.branches = branches(program)
-        wanted = {branch.stream for branch in self.branches.values()}
-        self.streams: dict[Value, torch.Tensor] = {}
+        found: dict[str, Consumer] = {}
+        wanted: set[Value] = set()
+        writing = False
+
+        def look() -> None:
+            nonlocal found, wanted, writing
+            program = replay.program(inputs)
+            found, self.branches, self.streams = self._fit_for(program), branches(program), {}
+            wanted = {branch.stream for branch in self.branches.values()}
+            writing = any(node.op.endswith("_") for node in program.nodes)  # possibly to what a layer read before
+
+        def again() -> None:
+            restart()
+            look()
 
         def stand_in(node: Node, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             layer, shown = found.get(node.name), [v for v in node.values() if v in wanted and v not in self.streams]
@@ -139,7 +145,20 @@ class _Refit:
                 with torch.autocast(x.device.type, enabled=False):
                     each(layer, x.clone() if writing else x)
 
-        replay.run(inputs, stand_in, restart=restart)
+        look()
+        replay.run(inputs, stand_in, restart=again)
+
+    def _fit_for(self, program: Program) -> dict[str, Consumer]:
+        """The layers that are fitted, by the name of their node; the others are noted if they lost inputs."""
+        calls = Counter(layer.weight for layer in layers(program))
+        found = {}
+        for layer in layers(program):
+            reason = self._unfit(layer, calls[layer.weight])
+            if not reason:
+                found[layer.node.name] = layer
+            elif (0 if layer.transposed else 1) in self.plan.kept.get(layer.weight, {}):
+                self.left[layer.weight] = reason
+        return found
 
     def _unfit(self, layer: Consumer, calls: int) -> str:
         """Why a layer is not fitted; empty if it is."""
@@ -190,6 +209,9 @@ class _Refit:
     ) -> tuple[torch.Tensor, ...]:
         """Means of the small layer's input and of the output it should have, second moments of the input, and cross
         moments of output and input, per group of the convolution.
+
+        Raises:
+            CalibrationError: an input is not finite.
         """
         shape = self.dense[layer.weight].shape
         kernel, taps = tuple(shape[2:]), shape[2:].numel()
@@ -202,17 +224,18 @@ class _Refit:
         lacking = self._lacking(layer, out)
         if lacking is not None:
             pieces.append(_rows(lacking, samples, most, channels_last=not layer.node.op.startswith("conv")))
-        weight = dense.to(original)
         rows, sums = 0, [torch.zeros(()).double() for _ in range(4)]
         for want, got, *more in zip(*pieces, strict=True):
             if want.shape[0] > got.shape[0]:  # whole groups of the convolution are gone
                 want = want[(self.plan.kept[layer.weight][0] // (shape[0] // want.shape[0])).unique()]
-            output = want @ weight.mT
+            output = want @ dense.to(want).mT
             if more:
                 output = output + more[0].unflatten(1, (layer.groups, -1)).movedim(1, 0)
             rows += got.shape[1]
             parts = got.sum(1), output.sum(1), got.mT @ got, output.mT @ got
             sums = [a + b.double().cpu() for a, b in zip(sums, parts, strict=True)]
+        if not all(s.isfinite().all() for s in sums):
+            raise CalibrationError(f"what {layer.node} reads is not finite; look for NaN in the batches and weights")
         return tuple(s / rows for s in sums)
 
     def _lacking(self, layer: Consumer, out: torch.Tensor | None) -> torch.Tensor | None:
@@ -223,7 +246,8 @@ class _Refit:
             return None
         dim = 1 if layer.node.op.startswith("conv") else -1
         stream = stream if out is None else stream.index_select(dim, out.to(stream.device))
-        lacking = stream - self.streams[branch.stream]
+        wide = torch.promote_types(stream.dtype, torch.float32)
+        lacking = stream.to(wide) - self.streams[branch.stream].to(wide)
         if branch.scale:
             factor = self.small[branch.scale] / (self.small[branch.variance] + branch.eps).sqrt()
             usable = factor.abs() > FAINT * factor.abs().max()
@@ -235,11 +259,13 @@ class _Refit:
         self.written[name] = value
         self.before.setdefault(name, self.small[name].clone())
         self.small[name].copy_(value)
+        torch.clear_autocast_cache()  # it holds the weight as it was
 
     def undo(self) -> None:
         """Give the small model the weights it had."""
         for name, value in self.before.items():
             self.small[name].copy_(value)
+        torch.clear_autocast_cache()
 
 
 def _rows(x: torch.Tensor, samples: int, most: int, *, channels_last: bool) -> Iterator[torch.Tensor]:

@@ -121,6 +121,11 @@ class Report:
             f"    pruned          {_said(r.pruned)}",
             f"    repaired        {_said(r.repaired)}",
         ]
+        if r.ridges:
+            low, high = min(r.ridges.values()), max(r.ridges.values())
+            lines.append(
+                f"    fitted          {len(r.ridges)} layers, ridge {low:.0e} to {high:.0e} of the mean square"
+            )
         if r.left:
             name, reason = next(iter(r.left.items()))
             lines.append(f"    not repaired    {len(r.left)} layers, such as {name}: {reason}")

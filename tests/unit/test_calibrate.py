@@ -96,6 +96,16 @@ def test_gradients_of_a_net_with_grouped_convolutions_are_those_of_an_explicit_m
         agree(found[group], brute_force(model, masked, coupling.group(group).size, singly(batches), CLASSES))
 
 
+class Fast(Attention):
+    """The same in one call of torch's attention."""
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj(y.transpose(1, 2).reshape(b, n, self.heads * self.head_dim))
+
+
 HEADS = {"attention.proj.weight": along(1, lambda m: m.repeat_interleave(4))}
 FUSED = {
     "attention.qkv:3x[3]x4": HEADS,
@@ -117,7 +127,9 @@ APART = {
 }
 
 
-@pytest.mark.parametrize(("attention", "masks"), [(None, FUSED), (Apart(), APART)], ids=["fused", "bmm"])
+@pytest.mark.parametrize(
+    ("attention", "masks"), [(None, FUSED), (Fast(10, 3, 4), FUSED), (Apart(), APART)], ids=["matmul", "sdpa", "bmm"]
+)
 def test_gradients_of_a_vit_are_those_of_an_explicit_mask(attention, masks):
     model, coupling = coupled(TinyViT(attention), torch.rand(2, 3, 8, 8))
     batches = [(images(3), labels(3)), (images(4, seed=1), labels(4)), (images(1, seed=2), labels(1))]
@@ -125,6 +137,32 @@ def test_gradients_of_a_vit_are_those_of_an_explicit_mask(attention, masks):
     assert found.keys() == masks.keys()
     for group, masked in masks.items():
         agree(found[group], brute_force(model, masked, coupling.group(group).size, singly(batches), CLASSES))
+
+
+class Stream(nn.Module):
+    """Layers from a residual stream straight back into it."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv, self.mix, self.head = (
+            nn.Conv2d(3, 6, 1),
+            nn.Conv2d(6, 6, 3, padding=1),
+            nn.Linear(6, 6),
+            nn.Linear(6, 5),
+        )
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = (x + self.conv(x).relu()).mean((2, 3))
+        return self.head(x + self.mix(x).relu())
+
+
+def test_gradients_of_a_stream_that_layers_read_and_write_are_those_of_an_explicit_mask():
+    model, coupling = coupled(Stream(), torch.rand(2, 3, 8, 8))
+    batches = [(images(3), labels(3))]
+    found = gp.calibrate(model, coupling, batches, statistics=["products"], loss=CLASSES).gradients
+    masked = {"conv.weight": along(1), "mix.weight": along(1), "head.weight": along(1)}
+    agree(found["stem"], brute_force(model, masked, 6, singly(batches), CLASSES))
 
 
 # -- samples ------------------------------------------------------------------------------------------------------------
@@ -174,8 +212,18 @@ def test_samples_are_told_apart_in_models_that_take_time_first():
     batches = [(torch.randn(8, n, 6, generator=generator(n)).double(), labels(n)) for n in (3, 2, 1)]
     options = {"statistics": ["products"], "loss": last_step, "sample_dim": 1}
     found = gp.calibrate(model, coupling, batches, **options).gradients
-    masks = {"mlp": {"out.weight": along(1)}, "gru.weight_ih_l0:3x[7]": {"mlp.weight": along(1)}}
-    assert masks.keys() < found.keys()
+    first = along(0, lambda m: torch.cat([m.repeat(3), m.new_ones(12)]))  # of queries, keys and values
+    masks = {
+        "mlp": {"out.weight": along(1)},
+        "gru.weight_ih_l0:3x[7]": {"mlp.weight": along(1)},
+        "attention.in_proj_weight:3x[3]x2": {"attention.out_proj.weight": along(1, lambda m: m.repeat_interleave(2))},
+        "attention.in_proj_weight:3x3x[2]": {
+            "attention.in_proj_weight": first,
+            "attention.in_proj_bias": first,
+            "attention.out_proj.weight": along(1, lambda m: m.repeat(3)),
+        },
+    }
+    assert masks.keys() == found.keys()
     for group, masked in masks.items():
         agree(found[group], brute_force(model, masked, coupling.group(group).size, singly(batches, 1), last_step))
     alone = gp.calibrate(model, coupling, [(x, y) for x, y in singly(batches, 1)], **options).gradients
@@ -634,6 +682,27 @@ def test_batches_may_be_tensors_tuples_mappings_or_pairs():
         agree(found.gradients["a"], squares if name in ("tensor", "one-tuple") else plain)
 
 
+class Switched(nn.Module):
+    """Arguments that are no tensors decide what is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 6), nn.Linear(6, 5)
+
+    def forward(self, x, power=1, labels=None):
+        x = self.a(x).relu()
+        return self.b(x**power if power > 1 else x)
+
+
+def test_batches_of_the_same_shapes_may_have_other_arguments():
+    model, coupling = coupled(Switched(), torch.rand(2, 3))
+    x = torch.randn(4, 3, generator=generator()).double()
+    batches = [{"x": x}, {"x": x, "power": 2}, {"x": x, "power": 3}]
+    found = gp.calibrate(model, coupling, batches, statistics=["means"])
+    read = model.a(x).relu().detach()
+    torch.testing.assert_close(found.moments["b.weight"].total[0], (read + read**2 + read**3).sum(0))
+
+
 def test_a_progress_bar_is_shown_where_it_is_asked_for(capfd):
     model, coupling = coupled(Plain(), torch.rand(2, 3))
     for progress in (True, False):
@@ -695,6 +764,7 @@ BAD_LOSSES = {
         lambda out, y: CLASSES(out, y) * float("nan"),
         "batch 0: the loss is nan though the model.s output is finite",
     ),
+    "not for a part": (lambda out, y: CLASSES(out, Y), "(?s)fails on a part of a batch, ValueError.*reduction='none'"),
     "NaN gradient": (
         lambda out, y: (out - out).abs().sum().sqrt(),
         "batch 0: the gradient at linear in 2 is not finite",
