@@ -140,12 +140,12 @@ def improved(problem: Problem, choice: Widths) -> Widths:
 
 
 def _relaxed(problem: Problem) -> Iterator[Widths]:
-    """Feasible choices at several prices of importance: every unit takes the width at which importance lost and what
-    is spent are least together, all at once and repeatedly, since what one costs depends on the others.
+    """The best choices that fit, of those at several prices of importance: every unit takes the width at which what is
+    lost and what is spent are least together, all at once and repeatedly, since what one costs depends on the others.
     """
     low, high = -12.0, 12.0
     scale = max((float(np.ptp(u.lost)) for u in problem.units), default=1.0) or 1.0
-    choice = problem.most
+    choice, found = problem.most, []
     for _ in range(MULTIPLIERS):
         middle = (low + high) / 2
         for _ in range(SWEEPS):
@@ -157,9 +157,11 @@ def _relaxed(problem: Problem) -> Iterator[Widths]:
             choice = choice + np.where(np.abs(step) > 1, step // 2, step)
         if problem.fits(choice):
             high = middle
-            yield filled(problem, choice, _worth(problem))
+            found.append(choice)
         else:
             low = middle
+    for choice in sorted(found, key=problem.lost)[:2]:
+        yield filled(problem, choice, _worth(problem))
 
 
 def _rates(problem: Problem, choice: Widths, weights: Vector) -> Vector:
