@@ -19,7 +19,16 @@ from tqdm.auto import tqdm
 from graphprune.calibrate.batches import Batch, Criterion, Loss, read, require
 from graphprune.calibrate.run import Pass, Sums
 from graphprune.calibrate.sites import CONSUMERS, Consumer, batched, consumers, layers, shared
-from graphprune.calibrate.statistics import CHUNK, UNFOLDED_LIMIT, Activations, Gradients, Moments, Ranks, columns
+from graphprune.calibrate.statistics import (
+    CHUNK,
+    UNFOLDED_LIMIT,
+    Activations,
+    Gradients,
+    Moments,
+    Ranks,
+    columns,
+    summed,
+)
 from graphprune.coupling import Coupling
 from graphprune.errors import InputError
 
@@ -45,6 +54,7 @@ __all__ = [
     "read",
     "require",
     "shared",
+    "summed",
 ]
 
 Statistic: TypeAlias = Literal["gradients", "products", "activations", "ranks", "means", "moments"]

@@ -196,9 +196,12 @@ class Moments(Statistic):
         """Add the input of one call; `kernel` is the size of its kernel."""
         for rows in columns(consumer, x, kernel, self.taps):
             self.count += rows.shape[1]
-            self.total += rows.sum(1).double().cpu()
-            if self.products is not None:
-                self.products += (rows.transpose(1, 2) @ rows).double().cpu()
+            if self.products is None:
+                self.total += rows.sum(1).double().cpu()
+            else:
+                total, _, products = summed(rows)
+                self.total += total
+                self.products += products
 
     @property
     def mean(self) -> torch.Tensor:
@@ -215,6 +218,21 @@ class Moments(Statistic):
         if self.products is None:
             raise CalibrationError("second moments were not collected; calibrate with statistics=('moments',)")
         return self.products / self.count
+
+
+def summed(a: torch.Tensor, b: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sums over the rows of two tables (groups, rows, columns), and of a'b, in float64; `b` is `a` by default.
+
+    Only what is centred is multiplied in single precision: means of activations may be large beside their spread.
+    """
+    tables = (a,) if b is None else (a, b)
+    means = [t.mean(1, keepdim=True) for t in tables]
+    centred = [t - mean for t, mean in zip(tables, means, strict=True)]
+    product = (centred[0].mT @ centred[-1]).double().cpu()
+    (ma, ea), (mb, eb) = ((means[k].double().cpu(), centred[k].sum(1, keepdim=True).double().cpu()) for k in (0, -1))
+    count = a.shape[1]
+    product += ma.mT @ eb + ea.mT @ mb + count * ma.mT @ mb
+    return (count * ma + ea)[:, 0], (count * mb + eb)[:, 0], product
 
 
 def columns(

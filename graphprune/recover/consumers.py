@@ -23,6 +23,8 @@ from graphprune.trace import held
 
 RIDGE = 1e-4
 """Added to the diagonal of second moments, at least, relative to its mean."""
+NOISE = 1e-12
+"""A variance below this part of the squared mean is rounding: the channel is constant."""
 _RECURRENT = "it is recurrent: what it hands on to itself is not seen"
 _UNFIT: Mapping[str, str] = {
     **dict.fromkeys(CONSUMERS, "its weight is computed"),
@@ -131,7 +133,8 @@ class _Columns:
     def least_squares(self, *, centred: bool) -> torch.Tensor:
         """Refit the kept columns; returns what is left for the bias, (outputs,)."""
         mean = self.moments.mean if centred else None
-        fit = coefficients(self.moments.second, self.kept, self.removed, mean=mean, ridge=RIDGE)
+        second = self.moments.second + torch.diag_embed(NOISE * self.moments.mean.square())
+        fit = coefficients(second, self.kept, self.removed, mean=mean, ridge=RIDGE)
         self.ridge = fit.ridge
         self.w[:, :, self.kept] += torch.einsum("gopt,gpk->gokt", self.w[:, :, self.removed], fit.matrix)
         return self._times(torch.zeros(()).double().expand(fit.matrix.shape[:2]) if fit.offset is None else fit.offset)

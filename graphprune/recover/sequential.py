@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphprune.calibrate import CHUNK, UNFOLDED_LIMIT, Batch, Consumer, batched, columns, layers, shared
+from graphprune.calibrate import CHUNK, UNFOLDED_LIMIT, Batch, Consumer, batched, columns, layers, shared, summed
 from graphprune.coupling import Coupling
 from graphprune.errors import CalibrationError
 from graphprune.interpret import Replay
 from graphprune.plan import Plan
 from graphprune.program import Node, Program, Value
-from graphprune.recover.consumers import SHARED, Change
+from graphprune.recover.consumers import NOISE, SHARED, Change
 from graphprune.recover.shifts import shifts
 from graphprune.recover.streams import Branch, branches
 from graphprune.solvers import factorise
@@ -192,7 +192,7 @@ class _Refit:
         d, w = (t.reshape(layer.groups, shape[0] // layer.groups, -1) for t in (dense, now))
         got, want, second, cross = self._moments(layer, x, d, out)
         if shift is not None:
-            second = second - got[:, :, None] * got[:, None, :]
+            second = second - got[:, :, None] * got[:, None, :] + torch.diag_embed(NOISE * got.square())
             cross = cross - want[:, :, None] * got[:, None, :]
         factor, self.ridges[name] = factorise(second, RIDGE, RIDGE)
         w = w + torch.cholesky_solve((cross - w @ second).mT, factor).mT
@@ -232,8 +232,8 @@ class _Refit:
             if more:
                 output = output + more[0].unflatten(1, (layer.groups, -1)).movedim(1, 0)
             rows += got.shape[1]
-            parts = got.sum(1), output.sum(1), got.mT @ got, output.mT @ got
-            sums = [a + b.double().cpu() for a, b in zip(sums, parts, strict=True)]
+            (total, aim, cross), second = summed(got, output), summed(got)[2]
+            sums = [a + b for a, b in zip(sums, (total, aim, second, cross.mT), strict=True)]
         if not all(s.isfinite().all() for s in sums):
             raise CalibrationError(f"what {layer.node} reads is not finite; look for NaN in the batches and weights")
         return tuple(s / rows for s in sums)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import graphprune as gp
 from graphprune.calibrate import statistics
 from tests.by_hand import along, brute_force, coupled, generator, images, labels, part, rows_of, singly
-from tests.nets import Apart, Attention, CifarResNet, TinyViT
+from tests.nets import Apart, Attention, CifarResNet, DenseBlock, TinyViT, UNet, Yolo
 
 CLASSES = F.cross_entropy
 
@@ -163,6 +163,41 @@ def test_gradients_of_a_stream_that_layers_read_and_write_are_those_of_an_explic
     found = gp.calibrate(model, coupling, batches, statistics=["products"], loss=CLASSES).gradients
     masked = {"conv.weight": along(1), "mix.weight": along(1), "head.weight": along(1)}
     agree(found["stem"], brute_force(model, masked, 6, singly(batches), CLASSES))
+
+
+READ_ALONG = {nn.Conv2d: 1, nn.Linear: 1, nn.ConvTranspose2d: 0}
+
+
+@pytest.mark.parametrize(
+    ("build", "groups"),
+    [(UNet, 12), (lambda: Yolo(4, 1), 57), (lambda: DenseBlock(4), 5)],
+    ids=["unet", "yolo", "dense"],
+)
+def test_mean_gradients_are_those_of_the_weights_that_read_the_channels(build, groups):
+    """The derivative by a mask is the sum of weight times its gradient over all weights that the mask multiplies."""
+    model, coupling = coupled(build(), torch.rand(2, 3, 32, 32))
+    x = images(3, 32)
+
+    def loss(output):
+        return output.sigmoid().flatten(1).square().sum(1)
+
+    found = gp.calibrate(model, coupling, [x[:2], x[2:]], statistics=["gradients"], loss=loss).gradients
+    parameters = dict(model.named_parameters())
+    asked = [p for p in parameters.values() if p.requires_grad]
+    gradients = dict(zip(map(id, asked), torch.autograd.grad(loss(model(x)).sum(), asked), strict=True))
+    want = {g.name: torch.zeros(g.size).double() for g in coupling.groups}
+    for path, module in model.named_modules():
+        dim = READ_ALONG.get(type(module))
+        if dim is None or not module.weight.requires_grad:
+            continue
+        products = (module.weight.detach() * gradients[id(module.weight)]).transpose(0, dim).flatten(1).sum(1)
+        axis = coupling.dims[coupling.slot(f"{path}.weight")][dim]
+        for name, atom in coupling.atoms.items():
+            at, which = coupling.axes.places(axis, {atom: 0})
+            want[name].index_add_(0, torch.from_numpy(which), products[torch.from_numpy(at)])
+    assert len(found) == groups
+    for name, held in found.items():
+        assert (held.total - want[name]).norm() <= 1e-9 * want[name].norm(), name
 
 
 # -- samples ------------------------------------------------------------------------------------------------------------

@@ -148,6 +148,26 @@ def test_dependent_channels_and_few_samples_get_a_ridge_which_is_reported(monkey
     assert said.repaired.error < 1e-3 * said.pruned.error  # six samples are met exactly
 
 
+@pytest.mark.parametrize("in_sequence", [True, False])
+@pytest.mark.parametrize("spread", [1.0, 0.0])
+def test_channels_whose_mean_is_large_beside_their_spread_are_fitted_and_constant_ones_are_made_good(
+    in_sequence, spread
+):
+    model = nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 12), nn.Linear(12, 5)).eval()
+    with torch.no_grad():
+        model[0].weight.mul_(spread)
+        model[0].bias.copy_(2000 + torch.arange(16))
+    coupling = gp.couple(gp.trace(model, torch.rand(2, 3)))
+    x = torch.randn(40, 3, generator=generator())
+    small, plan = pruned(model, coupling, {"0": range(11), "2": range(9)}, x[:2])
+    said = gp.repair(model, small, coupling, plan, [x], sequential=in_sequence)
+    assert max(said.ridges.values()) <= 1e-2
+    assert said.repaired.error < 1e-2 * said.pruned.error
+    if spread:
+        moved, wanted = ((net(x) - net(x).mean(0)).detach() for net in (small, model))
+        near(moved, wanted, 0.3)
+
+
 @pytest.mark.parametrize("kind", ["bias", "batch norm"])
 def test_bias_alone_gives_back_the_mean_of_what_is_lost(kind):
     behind = [nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)] if kind == "batch norm" else []
