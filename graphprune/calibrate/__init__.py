@@ -87,6 +87,7 @@ class Calibration:
     moments: dict[str, Moments] = field(repr=False)
 
 
+@torch.inference_mode(False)
 def calibrate(
     model: nn.Module,
     coupling: Coupling,

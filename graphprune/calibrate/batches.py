@@ -78,10 +78,14 @@ def _batch(given: Any, arguments: int, number: int) -> Batch:
 
 
 def _moved(tree: Any, device: torch.device) -> Any:
+    def moved(t: torch.Tensor) -> torch.Tensor:
+        t = t.to(device)
+        return t.clone() if t.is_inference() else t  # autograd takes no others
+
     if isinstance(tree, Inputs):
-        return tree.map(lambda t: t.to(device))
+        return tree.map(moved)
     register(tree)
-    return pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), tree)
+    return pytree.tree_map_only(torch.Tensor, moved, tree)
 
 
 class Criterion:

@@ -646,12 +646,15 @@ def test_the_model_is_left_as_it_was(loss, mode):
         assert torch.equal(tensor, state[name]), name
 
 
-def test_statistics_can_be_collected_where_gradients_are_switched_off():
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_statistics_can_be_collected_where_gradients_are_switched_off(off):
     model, coupling = coupled(Plain(), torch.rand(2, 3))
     batches = [(torch.randn(4, 3, generator=generator()).double(), labels(4))]
-    with torch.no_grad():
+    with off():
+        batches = [(x.clone(), y.clone()) for x, y in batches]
         found = gp.calibrate(model, coupling, batches, statistics=["products"], loss=CLASSES)
-    agree(found.gradients["a"], brute_force(model, {"b.weight": along(1)}, 6, singly(batches), CLASSES))
+    samples = singly([(x.clone(), y.clone()) for x, y in batches])
+    agree(found.gradients["a"], brute_force(model, {"b.weight": along(1)}, 6, samples, CLASSES))
 
 
 def test_mixed_precision_is_close_to_single_precision():
