@@ -275,6 +275,30 @@ def test_activation_is_what_a_channel_carries_into_the_layers_that_read_it(resid
     close(Activation([x for x, _ in batches], moment=moment)(model, coupling)["stem"], want)
 
 
+class Twice(nn.Module):
+    """One layer reads two values."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.shared, self.head = nn.Linear(3, 6), nn.Linear(6, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        return self.head((self.shared(x) + self.shared(2 * x.roll(1, 0))).relu())
+
+
+def test_a_layer_called_twice_is_one_layer_over_all_that_it_reads():
+    model, coupling = coupled(Twice(), torch.rand(2, 3))
+    x = rows(9)
+    hidden = model.stem(x).relu().detach()
+    read = torch.cat([hidden, 2 * hidden.roll(1, 0)])
+    weights = model.shared.weight.detach().square().sum(0)
+    close(Activation([x])(model, coupling)["stem"], weights * read.square().mean(0))
+    gram = model.shared.weight.detach().T @ model.shared.weight.detach() * (read.T @ read / len(read))
+    lost = Reconstruction([x])(model, coupling)["stem"].lost
+    assert float(lost[0]) == pytest.approx(float(gram.sum()))
+
+
 # -- every kind of network -------------------------------------------------------------------------------------------------------
 
 
