@@ -7,7 +7,7 @@ layers before it give, `batchnorm` takes statistics anew, `quality` measures.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -18,7 +18,7 @@ from graphprune.coupling import Coupling
 from graphprune.errors import InputError
 from graphprune.plan import Plan, sliced
 from graphprune.recover.batchnorm import reestimated
-from graphprune.recover.consumers import changed, unfit
+from graphprune.recover.consumers import Change, changed, unfit
 from graphprune.recover.quality import Quality, qualities
 from graphprune.recover.sequential import merged, refit
 from graphprune.trace import held
@@ -39,7 +39,8 @@ class Repair:
         samples: how many samples weights were fitted on.
         ridges: per fitted weight, what was added to the diagonal of its second moments, relative to their mean.
         left: weights of layers that lost inputs and could not be repaired, with the reason.
-        batchnorm: whether statistics of batch norms were taken anew; they are where that helps.
+        kept: whether the new weights were kept; they are where that helps.
+        batchnorm: whether new statistics of batch norms were kept; they are where that helps.
     """
 
     method: Method
@@ -49,6 +50,7 @@ class Repair:
     samples: int
     ridges: Mapping[str, float]
     left: Mapping[str, str]
+    kept: bool
     batchnorm: bool
 
 
@@ -68,6 +70,8 @@ def repair(
 ) -> Repair:
     """Change the weights of `small`, in place, so that it computes more of what `model` does.
 
+    A change stays where it brings the loss on the batches (or, without a loss, the outputs) nearer to the original's.
+
     Args:
         model: the original; left as it was.
         small: what `rewrite` made of it.
@@ -78,8 +82,7 @@ def repair(
         sequential: least squares fits every layer to what the repaired layers before it give, in one pass over as many
             samples as fit into memory; otherwise only those that lost inputs, each from second moments of what the
             original's reads, over all samples.
-        batchnorm: take the statistics of batch norms anew, and keep them if loss (or, without one, output) is nearer to
-            the original's.
+        batchnorm: take the statistics of batch norms anew.
         loss: as for `calibrate`, for the figures.
         sample_dim, progress: as for `calibrate`.
     Raises:
@@ -98,34 +101,30 @@ def repair(
     def measured() -> list[Quality]:
         return qualities(model, small, each(), criterion, sample_dim)
 
+    def tried(state: Mapping[str, torch.Tensor], now: Quality) -> tuple[Quality, bool]:
+        """Write new values, and take them back if they do not help."""
+        before = {name: tensor.clone() for name, tensor in held(small) if name in state}
+        _write(small, state)
+        again = measured()[1] if before else now
+        if again.nearer(now, original):
+            return again, True
+        _write(small, before)
+        return now, False
+
     original, pruned = measured()
-    repaired, samples = pruned, 0
-    ridges: Mapping[str, float] = {}
-    left: Mapping[str, str] = {}
+    change, samples = Change({}, {}, {}), 0
     if method == "least_squares" and sequential:
         inputs, samples = merged(model, coupling, each(), sample_dim)
-        fitted = refit(model, small, coupling, plan, inputs)
-        _write(small, fitted.state)
-        ridges, left = fitted.ridges, fitted.left
+        change = refit(model, small, coupling, plan, inputs)
     elif method != "none":
         statistic: Any = "moments" if method == "least_squares" else "means"
         found = calibrate(model, coupling, batches, statistics=[statistic], sample_dim=sample_dim, progress=progress)
-        change = changed(model, coupling, plan, found.moments, means_only=method == "bias")
-        _write(small, {name: sliced(tensor, plan.kept.get(name, {})) for name, tensor in change.state.items()})
-        ridges, left, samples = change.ridges, change.left, found.samples
-    if method != "none":
-        repaired, left = measured()[1], {**left, **unfit(coupling, plan)}
-    statistics = reestimated(small, each()) if batchnorm else {}
-    if statistics:
-        before = {name: tensor.clone() for name, tensor in held(small) if name in statistics}
-        _write(small, statistics)
-        again = measured()[1]
-        if again.better_than(repaired):
-            repaired = again
-        else:
-            _write(small, before)
-            statistics = {}
-    return Repair(method, original, pruned, repaired, samples, ridges, left, bool(statistics))
+        change, samples = changed(model, coupling, plan, found.moments, means_only=method == "bias"), found.samples
+        change = replace(change, state={n: sliced(t, plan.kept.get(n, {})) for n, t in change.state.items()})
+    repaired, kept = tried(change.state, pruned)
+    repaired, anew = tried(reestimated(small, each()) if batchnorm else {}, repaired)
+    left = {**change.left, **unfit(coupling, plan)} if method != "none" else {}
+    return Repair(method, original, pruned, repaired, samples, change.ridges, left, kept, anew)
 
 
 def _write(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:

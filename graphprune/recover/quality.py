@@ -27,10 +27,10 @@ class Quality:
     error: float
     agreement: float | None
 
-    def better_than(self, other: Quality) -> bool:
-        """Whether the loss, or without one the error, is smaller."""
-        if self.loss is not None and other.loss is not None:
-            return self.loss < other.loss
+    def nearer(self, other: Quality, original: Quality) -> bool:
+        """Whether this is nearer to the original than `other` is: in loss, or without one in its outputs."""
+        if self.loss is not None and other.loss is not None and original.loss is not None:
+            return abs(self.loss - original.loss) < abs(other.loss - original.loss)
         return self.error < other.error
 
 

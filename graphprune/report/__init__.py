@@ -115,6 +115,8 @@ class Report:
         if r is None:
             return []
         how = f"{r.method}, on {r.samples} samples" if r.method != "none" else "no weights"
+        if r.method != "none" and not r.kept:
+            how += ", taken back since it did not help"
         lines = [
             f"  repaired  {how}; batch norm statistics {'taken anew' if r.batchnorm else 'as they were'}",
             f"    before pruning  {_said(r.original)}",

@@ -8,8 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import graphprune as gp
+from graphprune import recover
 from graphprune.calibrate import statistics
 from graphprune.recover import consumers, sequential
+from graphprune.recover.consumers import Change
 from tests.by_hand import coupled, generator, images, labels, rows_of
 from tests.nets import Apart, CifarResNet, TinyViT, UNet
 from tests.zoo.tiny import causal
@@ -692,3 +694,18 @@ def test_batches_that_are_not_finite_are_refused(in_sequence):
     small, plan = pruned(model, coupling, {"0": range(6)}, X)
     with pytest.raises(gp.CalibrationError, match="not finite"):
         gp.repair(model, small, coupling, plan, [X * float("nan")], sequential=in_sequence)
+
+
+def test_weights_that_do_not_help_are_taken_back_and_the_report_says_so(monkeypatch):
+    net, x = CifarResNet(1).eval(), torch.rand(4, 3, 32, 32)
+
+    def worse(model, small, coupling, plan, inputs):
+        return Change({name: torch.zeros_like(p) for name, p in small.named_parameters()}, {}, {})
+
+    monkeypatch.setattr(recover, "refit", worse)
+    plain = gp.prune(net, x[:1], target=gp.Target(channels=0.7))
+    result = gp.prune(net, x[:1], target=gp.Target(channels=0.7), repair="least_squares", batches=[x])
+    assert not result.report.repair.kept
+    assert result.report.repair.repaired == result.report.repair.pruned
+    assert all(torch.equal(a, b) for a, b in zip(plain.model.parameters(), result.model.parameters(), strict=True))
+    assert "taken back since it did not help" in str(result.report)
