@@ -110,7 +110,7 @@ def calibrate(
             in order, then the targets; a dict of keyword arguments; or a pair of one of these mappings and the targets.
             They are moved to the device of the model.
         statistics: which of "gradients" (needs a loss), "products" (gradients and their products), "activations",
-            "ranks", "means" of what consumers read, and their second "moments", to collect.
+            "ranks", "means" of what consumers read and of its squares, and second "moments", to collect.
         loss: `loss(output, targets)`, the mean or sum of one loss per sample, or one loss per sample; for dicts without
             targets the dict takes their place, for tensors the loss gets the output alone.
         sample_dim: which dim of inputs and outputs tells samples apart.

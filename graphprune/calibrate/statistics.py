@@ -175,12 +175,14 @@ class Moments(Statistic):
     Attributes:
         count: rows: samples times positions.
         total: sum of the columns, (groups, columns).
+        squares: sum of their squares, (groups, columns).
         products: sum of products of columns, (groups, columns, columns); None unless it was asked for.
         taps: columns per channel: the size of the kernel, or 1 if moments are of the channels alone.
     """
 
     count: torch.Tensor
     total: torch.Tensor
+    squares: torch.Tensor
     products: torch.Tensor | None
     taps: int
 
@@ -189,8 +191,8 @@ class Moments(Statistic):
         """Of no samples, for a consumer whose weight has this shape."""
         inputs, taps = shape[0 if consumer.transposed else 1], math.prod(shape[2:])
         taps = taps if inputs * taps <= UNFOLDED_LIMIT and len(shape) < 5 else 1
-        n = inputs * taps
-        return cls(_zeros(), _zeros(consumer.groups, n), _zeros(consumer.groups, n, n) if products else None, taps)
+        g, n = consumer.groups, inputs * taps
+        return cls(_zeros(), _zeros(g, n), _zeros(g, n), _zeros(g, n, n) if products else None, taps)
 
     def add(self, consumer: Consumer, x: torch.Tensor, kernel: tuple[int, ...]) -> None:
         """Add the input of one call; `kernel` is the size of its kernel."""
@@ -198,15 +200,22 @@ class Moments(Statistic):
             self.count += rows.shape[1]
             if self.products is None:
                 self.total += rows.sum(1).double().cpu()
+                self.squares += rows.square().sum(1).double().cpu()
             else:
                 total, _, products = summed(rows)
                 self.total += total
+                self.squares += products.diagonal(dim1=1, dim2=2)
                 self.products += products
 
     @property
     def mean(self) -> torch.Tensor:
         """Mean of the columns, (groups, columns)."""
         return self.total / self.count
+
+    @property
+    def energy(self) -> torch.Tensor:
+        """Mean of the squares of the columns, (groups, columns)."""
+        return self.squares / self.count
 
     @property
     def second(self) -> torch.Tensor:

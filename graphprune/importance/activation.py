@@ -46,14 +46,14 @@ class Activation(FromData):
             CalibrationError: the batches cannot be used.
             CriterionError: no such layer reads a group and `otherwise` is None.
         """
-        found = self.calibration(model, coupling, ["moments"]).moments
+        found = self.calibration(model, coupling, ["means"]).moments
         reads = readings(model, coupling, found)
         scores = {name: torch.stack([self._carried(r) for r in each]).sum(0) for name, each in reads.items()}
         return complete(scores, model, coupling, self.otherwise, "Activation: no linear layer or convolution reads")
 
     def _carried(self, read: Read) -> torch.Tensor:
         """Of every channel, into one layer."""
-        moment = read.moments.second.diagonal(dim1=1, dim2=2)
+        moment = read.moments.energy
         if self.moment == "fluctuation":
             moment = (moment - read.moments.mean.square()).clamp(min=0)
         return read.of_channels((read.weight.square().sum((1, 3)) * moment).sum(0))
