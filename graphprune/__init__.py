@@ -19,6 +19,7 @@ from graphprune.errors import (
     UnsupportedOp,
     VerificationError,
 )
+from graphprune.migrate import migrate
 from graphprune.plan import Plan
 from graphprune.program import Program
 from graphprune.pruning import Result, prune
@@ -60,6 +61,7 @@ __all__ = [
     "calibrate",
     "couple",
     "importance",
+    "migrate",
     "op",
     "prune",
     "repair",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from graphprune.allocate import Method as Allocation
 from graphprune.allocate import Target, allocate
@@ -20,7 +22,7 @@ from graphprune.recover import Method
 from graphprune.recover import repair as repair_weights
 from graphprune.report import Report, report
 from graphprune.rewrite import Emit, Rewritten, rewrite
-from graphprune.trace import Inputs, trace
+from graphprune.trace import Inputs, parameters, trace
 from graphprune.verify import Bench, Verification
 
 
@@ -33,12 +35,15 @@ class Result:
         plan: which channels of which groups stayed.
         coupling: the groups, and what was pinned.
         report: requested and achieved, causes, verification; `print` it.
+        names: fully qualified names of the parameters of the original, by the parameters themselves, which it does not
+            keep alive.
     """
 
     model: nn.Module
     plan: Plan
     coupling: Coupling
     report: Report
+    names: Mapping[torch.Tensor, tuple[str, ...]] = field(repr=False)
 
 
 def prune(
@@ -107,7 +112,17 @@ def prune(
     repaired = data and repair_weights(
         model, rewritten.model, coupling, plan, data[0], method=repair, batchnorm=batchnorm, loss=data[1], **options
     )
-    return Result(rewritten.model, plan, coupling, report(coupling, plan, target, rewritten, verification, repaired))
+    reported = report(coupling, plan, target, rewritten, verification, repaired)
+    return Result(rewritten.model, plan, coupling, reported, names_of(model))
+
+
+def names_of(model: nn.Module) -> Mapping[torch.Tensor, tuple[str, ...]]:
+    """All names of each parameter, by the parameter, which is not kept alive."""
+    names: Any = WeakTensorKeyDictionary()
+    for name, parameter in parameters(model):
+        names[parameter] = (*names.get(parameter, ()), name)
+    found: Mapping[torch.Tensor, tuple[str, ...]] = names
+    return found
 
 
 def _data(
