@@ -19,6 +19,7 @@ from graphprune.errors import (
     UnsupportedOp,
     VerificationError,
 )
+from graphprune.iterative import Iterated, Step, prune_iteratively
 from graphprune.migrate import migrate
 from graphprune.plan import Plan
 from graphprune.program import Program
@@ -42,6 +43,7 @@ __all__ = [
     "Group",
     "InputError",
     "Inputs",
+    "Iterated",
     "Plan",
     "PlanError",
     "Program",
@@ -50,6 +52,7 @@ __all__ = [
     "Result",
     "RewriteError",
     "RuleError",
+    "Step",
     "Target",
     "TargetError",
     "TraceError",
@@ -64,6 +67,7 @@ __all__ = [
     "migrate",
     "op",
     "prune",
+    "prune_iteratively",
     "repair",
     "rewrite",
     "trace",
