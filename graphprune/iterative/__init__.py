@@ -103,7 +103,8 @@ def prune_iteratively(
     """Prune in steps, with training between them.
 
     In each step the model is traced and scored anew, cut to the step's target, verified, repaired if wanted, and
-    handed to `train`. The target is never overshot; `model` and `optimizer` are left as they were.
+    handed to `train`. The target is never overshot; `model` and `optimizer` are left as they were. Channels that were a
+    group before a step and are none after it, which ops that tell sizes apart can bring about, stay from there on.
 
     Args:
         model, example_inputs, importance: as for `prune`.
@@ -120,7 +121,7 @@ def prune_iteratively(
     Raises:
         InputError: an argument cannot be used, or the directory holds another run or a file that is cut off.
         TargetError: the target cannot be met; found out in the first step.
-        PlanError: there is nothing to remove, or training changed more than weights.
+        PlanError: there is nothing to remove.
         GraphpruneError: whatever else `prune` raises.
 
     Example:

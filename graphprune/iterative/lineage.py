@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from graphprune.coupling import Coupling, Group
-from graphprune.errors import InputError, PlanError, UnknownName
+from graphprune.errors import InputError, UnknownName
 from graphprune.importance import Order, Removal, Scores, ordered
 from graphprune.plan import Plan
 
@@ -93,9 +93,11 @@ class Lineage:
     def lifted(self, scores: Scores, later: Coupling) -> dict[str, torch.Tensor | Order]:
         """Scores of a model with what is left, as scores of the groups of the original.
 
+        What is left of a group may be no group any more, as its ops may tie or pin other parts at other sizes. It gets
+        no scores, so that it stays, and counts as a whole group. A single channel is never a group; it counts as one.
+
         Raises:
             InputError: an order is of another size than its group.
-            PlanError: part of a group is gone, and what is left is no group any more.
         """
         origins = self.origins(later)
         found: dict[str, torch.Tensor | Order] = {}
@@ -113,16 +115,10 @@ class Lineage:
                 raise InputError(f"the order of group {name!r} is of {order.size} channels; the group has {group.size}")
             found[original] = Lifted(order, left, whole)
         matched = {original for original, _ in origins.values()}
+        one = Removal(torch.zeros(1, dtype=torch.long), torch.zeros(1))
         for name, left in self.plan.groups.items():
-            if name in matched or len(left) == self.plan.sizes[name]:
-                continue
-            if len(left) > 1:
-                raise PlanError(
-                    f"the {len(left)} channels that are left of group {name!r} are no group any more; the training "
-                    "must not change what the model computes with its weights"
-                )
-            one = Removal(torch.zeros(1, dtype=torch.long), torch.zeros(1))
-            found[name] = Lifted(one, left, self.plan.sizes[name])
+            if name not in matched and len(left) == 1 < self.plan.sizes[name]:
+                found[name] = Lifted(one, left, self.plan.sizes[name])
         return found
 
     def below(self, plan: Plan, later: Coupling) -> Plan:
