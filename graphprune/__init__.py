@@ -28,6 +28,7 @@ from graphprune.recover import Repair, repair
 from graphprune.report import Report
 from graphprune.rewrite import rewrite
 from graphprune.rules import RULES, op
+from graphprune.sensitivity import Sensitivity, sensitivity
 from graphprune.trace import Inputs, trace
 from graphprune.verify import Verification, verify
 
@@ -52,6 +53,7 @@ __all__ = [
     "Result",
     "RewriteError",
     "RuleError",
+    "Sensitivity",
     "Step",
     "Target",
     "TargetError",
@@ -70,6 +72,7 @@ __all__ = [
     "prune_iteratively",
     "repair",
     "rewrite",
+    "sensitivity",
     "trace",
     "verify",
 ]
