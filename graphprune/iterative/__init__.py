@@ -15,12 +15,12 @@ from typing import Any, Literal
 from torch import nn
 from torch.optim import Optimizer
 
+from graphprune.allocate import Method as Allocation
 from graphprune.allocate import Target, allocate
 from graphprune.calibrate import Loss
 from graphprune.couple import couple
-from graphprune.coupling import Coupling
 from graphprune.files import fingerprint
-from graphprune.importance import Importance, Magnitude, Scores
+from graphprune.importance import Importance, Magnitude
 from graphprune.iterative.lineage import Lineage
 from graphprune.iterative.schedule import Schedule, targets
 from graphprune.iterative.store import Store
@@ -86,6 +86,7 @@ def prune_iteratively(
     steps: int,
     schedule: Schedule = "linear",
     importance: Importance = Magnitude(),  # noqa: B008 - frozen
+    allocation: Allocation = "uniform",
     train: Callable[[Step], object] = lambda step: None,
     optimizer: Optimizer | None = None,
     unfit: Unfit = "error",
@@ -107,7 +108,7 @@ def prune_iteratively(
     group before a step and are none after it, which ops that tell sizes apart can bring about, stay from there on.
 
     Args:
-        model, example_inputs, importance: as for `prune`.
+        model, example_inputs, importance, allocation: as for `prune`.
         target: what is reached in the end, in fractions of the original.
         steps: how many there are.
         schedule: "linear" removes the same amount in each step, "exponential" the same fraction of what is left; a
@@ -135,9 +136,10 @@ def prune_iteratively(
     aims = targets(target, steps, schedule)
     data = repair_data(importance, batches, loss) if repair != "none" or batchnorm else None
     couples = partial(couple, norms=norms, on_unknown=on_unknown, keep_names=tuple(keep_names))
+    allocates = partial(allocate, method=allocation)
     carry = partial(carry_out, importance=importance, emit=emit, verify=verify)
     described = {"model": type(model).__name__, "weights": fingerprint(held(model)), "steps": steps}
-    options = {"targets": [asdict(aim) for aim in aims], "emit": emit, **couples.keywords}
+    options = {"targets": [asdict(aim) for aim in aims], "allocation": allocation, "emit": emit, **couples.keywords}
     store = Store(directory, {**described, **options})
     inputs, names, before = Inputs.of(example_inputs), names_of(model), model
     coupling = couples(trace(model, inputs))
@@ -150,7 +152,13 @@ def prune_iteratively(
         coupling = couples(trace(before, inputs)) if plans else coupling
         saved = store.read(number) if going_on else None
         going_on = saved is not None
-        plan = saved.plan if saved else _planned(importance(before, coupling), coupling, lineage, aim, target)
+        if saved:
+            plan = saved.plan
+        else:
+            scores = lineage.lifted(importance(before, coupling), coupling)
+            if not plans:
+                allocates(scores, target, lineage.coupling)  # better refused now than after training
+            plan = lineage.below(allocates(scores, lineage.capped(aim), lineage.coupling), coupling)
         plan.check(coupling)
         lineage = lineage.after(plan, coupling)
         ways: Any = {} if saved else {"repair": repair, "batchnorm": batchnorm, "data": data}
@@ -166,15 +174,3 @@ def prune_iteratively(
         before, plans, reports = small, [*plans, plan], [*reports, reported]
     original = lineage.plan, lineage.coupling, reports[-1], names
     return Iterated(before, *original, tuple(plans), tuple(reports), optimizer)
-
-
-def _planned(scores: Scores, coupling: Coupling, lineage: Lineage, aim: Target, target: Target) -> Plan:
-    """The plan of a step.
-
-    Raises:
-        TargetError: its aim, or in the first step the target in the end, cannot be met.
-    """
-    lifted = lineage.lifted(scores, coupling)
-    if not lineage.plan.removed:
-        allocate(lifted, target, lineage.coupling)  # better refused now than after days of training
-    return lineage.below(allocate(lifted, aim, lineage.coupling), coupling)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
+from graphprune.allocate import Target
 from graphprune.coupling import Coupling, Group
 from graphprune.errors import InputError, UnknownName
 from graphprune.importance import Order, Removal, Scores, ordered
@@ -120,6 +121,12 @@ class Lineage:
             if name not in matched and len(left) == 1 < self.plan.sizes[name]:
                 found[name] = Lifted(one, left, self.plan.sizes[name])
         return found
+
+    def capped(self, target: Target) -> Target:
+        """The target under which no group gets more than is left of it, where it says nothing of channels itself."""
+        if target.channels is not None:
+            return target
+        return replace(target, channels={n: len(left) / self.plan.sizes[n] for n, left in self.plan.groups.items()})
 
     def below(self, plan: Plan, later: Coupling) -> Plan:
         """The plan of a model with what is left that leaves of that what `plan`, of the original, keeps."""

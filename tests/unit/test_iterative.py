@@ -20,7 +20,13 @@ from graphprune.trace import held
 from tests.nets import CifarResNet, TinyViT, UNet, randomised
 from tests.unit.test_migrate import conv_net, grafted_net
 
+torch.manual_seed(0)
 X, Y = torch.randn(6, 3, 8, 8), torch.randint(0, 5, (6,))
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers():
+    torch.manual_seed(0)
 
 
 def net():
@@ -76,9 +82,7 @@ def test_the_last_step_ends_where_one_step_would_and_none_overshoots(quantity, s
 
     def train(step):
         seen.append(step)
-        with torch.no_grad():
-            for parameter in step.model.parameters():
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        shaken(step)
 
     target = gp.Target(**{quantity: 0.37})
     result = gp.prune_iteratively(model, X, target=target, steps=4, schedule=schedule, train=train, **options)
@@ -99,6 +103,47 @@ def test_the_last_step_ends_where_one_step_would_and_none_overshoots(quantity, s
     assert counted == COSTS["params"](result.coupling).at(widths(result.plan))
     again = seen[-1].result.coupling
     assert COSTS[quantity](again).at(widths(seen[-1].result.plan)) == cost.at(widths(result.plan))
+
+
+def shaken(step):
+    """Stands for training that changes which channels matter."""
+    with torch.no_grad():
+        for parameter in step.model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+
+
+@pytest.mark.parametrize("allocation", ["global", "greedy", "knapsack"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        gp.Target(macs=0.3),
+        gp.Target(params=0.4, macs=0.45),
+        gp.Target(channels=0.5),
+        gp.Target(macs=0.4, multiple_of=4, floor=8, protect=["7"]),
+        gp.Target(params=0.5, channels={"3": 0.6, "7": 0.9}),
+    ],
+    ids=["macs", "two", "channels", "limits", "by-group"],
+)
+def test_every_allocation_uses_what_the_target_leaves(target, allocation):
+    model = net()
+    options = {"verify": False, "emit": "module", "importance": gp.importance.Magnitude(normalize="mean")}
+    result = gp.prune_iteratively(model, X, target=target, steps=3, train=shaken, allocation=allocation, **options)
+    before, after = ({g.name: g.after for g in report.groups} for report in result.reports[-2:])
+    assert sum(after.values()) < sum(before.values())
+    limits = {name: share * COSTS[name](result.coupling).at({}) for name, share in target.budgets.items()}
+    costs = {name: COSTS[name](result.coupling) for name in limits}
+    assert all(cost.at(after) <= limits[name] for name, cost in costs.items())
+    for name, width in after.items():
+        assert width % target.multiple_of == 0 or width == result.plan.sizes[name]
+        assert width >= target.floor
+        more = {**after, name: width + target.multiple_of}
+        if more[name] <= before[name] and not isinstance(target.channels, dict):
+            assert any(cost.at(more) > limits[key] for key, cost in costs.items())
+    if target.protect:
+        assert after["7"] == 20
+    if isinstance(target.channels, dict):
+        assert after["0"] == 16
+        assert (after["3"], after["7"]) <= (14, 18)
 
 
 @pytest.mark.parametrize(
@@ -291,6 +336,7 @@ def test_a_step_that_is_missing_is_done_again_with_all_that_follow(tmp_path):
         ({"target": gp.Target(macs=0.5)}, "targets was"),
         ({"steps": 4}, "steps was 3 and is 4"),
         ({"schedule": "exponential"}, "targets was"),
+        ({"allocation": "greedy"}, "allocation was uniform and is greedy"),
         ({"keep_names": ["0"]}, r"keep_names was \[\] and is \['0'\]"),
         ({"model": CifarResNet(1)}, "model was Sequential and is CifarResNet"),
         ({"model": nn.Sequential(nn.Linear(3, 5))}, "weights was"),

@@ -16,7 +16,13 @@ import graphprune as gp
 from graphprune.reference import zeroed
 from tests.nets import Attention, randomised
 
+torch.manual_seed(0)
 X, Y = torch.randn(6, 3, 5, 5), torch.randint(0, 5, (6,))
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers():
+    torch.manual_seed(0)
 
 
 class Lion(torch.optim.Optimizer):

@@ -18,8 +18,14 @@ from graphprune.trace import held
 from tests.nets import CifarResNet, TinyViT, UNet, randomised
 from tests.unit.test_iterative import net
 
+torch.manual_seed(0)
 BATCHES = [(torch.randn(4, 3, 8, 8), torch.randint(0, 5, (4,))), (torch.randn(3, 3, 8, 8), torch.randint(0, 5, (3,)))]
 X = BATCHES[0][0][:2]
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers():
+    torch.manual_seed(0)
 
 
 def scan(model, given=X, batches=BATCHES, loss=F.cross_entropy, **options):
