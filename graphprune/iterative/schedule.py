@@ -8,18 +8,17 @@ from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
 from graphprune.allocate import Target
+from graphprune.allocate.target import BUDGETS
 from graphprune.errors import InputError
 
 Schedule: TypeAlias = Literal["linear", "exponential"] | Callable[[float], float]
-FRACTIONS = ("channels", "macs", "params", "memory", "latency")
-"""What a target may bound; everything else in it holds in every step."""
 
 
 def targets(target: Target, steps: int, schedule: Schedule) -> tuple[Target, ...]:
     """One target per step, the last being `target` itself.
 
     Args:
-        target: what is reached in the end.
+        target: what is reached in the end; what is no budget, such as a floor, holds in every step.
         steps: how many there are.
         schedule: "linear" removes the same amount in each step, "exponential" the same fraction of what is left; a
             callable gives, for the fraction of the steps that are done, the fraction of the removal that is.
@@ -50,6 +49,6 @@ def targets(target: Target, steps: int, schedule: Schedule) -> tuple[Target, ...
             return {name: eased(each, part) for name, each in value.items()}
         return value**part if schedule == "exponential" else 1 - (1 - value) * part
 
-    given = {name: getattr(target, name) for name in FRACTIONS if getattr(target, name, None) is not None}
+    given = {name: getattr(target, name) for name in BUDGETS if getattr(target, name) is not None}
     steps_before = (replace(target, **{name: eased(value, part) for name, value in given.items()}) for part in done)
     return (*steps_before, target)
