@@ -19,6 +19,8 @@ from graphprune.errors import (
     UnsupportedOp,
     VerificationError,
 )
+from graphprune.iterative import Iterated, Step, prune_iteratively
+from graphprune.migrate import migrate
 from graphprune.plan import Plan
 from graphprune.program import Program
 from graphprune.pruning import Result, prune
@@ -26,6 +28,7 @@ from graphprune.recover import Repair, repair
 from graphprune.report import Report
 from graphprune.rewrite import rewrite
 from graphprune.rules import RULES, op
+from graphprune.sensitivity import Sensitivity, sensitivity
 from graphprune.trace import Inputs, trace
 from graphprune.verify import Verification, verify
 
@@ -41,6 +44,7 @@ __all__ = [
     "Group",
     "InputError",
     "Inputs",
+    "Iterated",
     "Plan",
     "PlanError",
     "Program",
@@ -49,6 +53,8 @@ __all__ = [
     "Result",
     "RewriteError",
     "RuleError",
+    "Sensitivity",
+    "Step",
     "Target",
     "TargetError",
     "TraceError",
@@ -60,10 +66,13 @@ __all__ = [
     "calibrate",
     "couple",
     "importance",
+    "migrate",
     "op",
     "prune",
+    "prune_iteratively",
     "repair",
     "rewrite",
+    "sensitivity",
     "trace",
     "verify",
 ]

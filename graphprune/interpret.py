@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from graphprune.errors import CalibrationError, TraceError
 from graphprune.program import Node, Program
-from graphprune.trace import Inputs, StandIn, nested_graph, play, same_random_numbers, trace, untouched
+from graphprune.trace import Inputs, StandIn, held, nested_graph, play, same_random_numbers, trace, untouched
 
 Watch = Callable[[Node, Any], None]
 """Called with each node and its result."""
@@ -109,6 +110,7 @@ class Replay:
         *,
         then: Callable[[Any], None] = lambda output: None,
         restart: Callable[[], None] = lambda: None,
+        state: Mapping[str, torch.Tensor] | None = None,
     ) -> Any:
         """What the model returns.
 
@@ -117,6 +119,7 @@ class Replay:
             stand_in: may replace the result of a node.
             then: called with the output before the model is put back as it was.
             restart: called where the first run has to be given up and is done in another way.
+            state: parameters and buffers to use instead of the model's own, by fully qualified name.
         Raises:
             CalibrationError: the model's code takes another path than when it was traced.
             TraceError: the model cannot be traced with these inputs.
@@ -124,7 +127,7 @@ class Replay:
         program = self.program(inputs)
         try:
             with untouched(self.model), torch.compiler.set_stance("force_eager"):
-                output = self.output(program, inputs.map(torch.clone), stand_in)
+                output = self.output(program, inputs.map(torch.clone), stand_in, state)
                 then(output)
         except TraceError as error:
             if self._export or self._started:
@@ -132,17 +135,24 @@ class Replay:
             self._export = True
             self._programs.clear()
             restart()
-            return self.run(inputs, stand_in, then=then)
+            return self.run(inputs, stand_in, then=then, state=state)
         self._started = True
         return output
 
-    def output(self, program: Program, inputs: Inputs, stand_in: StandIn) -> Any:
+    def output(
+        self, program: Program, inputs: Inputs, stand_in: StandIn, state: Mapping[str, torch.Tensor] | None = None
+    ) -> Any:
         """As `run`, without putting the model back as it was."""
         if program.source is None:
-            return play(program, self.model, inputs, stand_in)
-        state = dict(self.model.named_parameters(remove_duplicate=False)) | dict(self.model.named_buffers())
-        leaves = evaluate(program, state, inputs, stand_in=stand_in, in_place=True)
+            call: Any = self.model if state is None else partial(_call, self.model, state)
+            return play(program, call, inputs, stand_in)
+        every = {**dict(held(self.model)), **(state or {})}
+        leaves = evaluate(program, every, inputs, stand_in=stand_in, in_place=True)
         return pytree.tree_unflatten(leaves, program.source.call_spec.out_spec)
+
+
+def _call(model: nn.Module, state: Mapping[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+    return torch.func.functional_call(model, dict(state), args, kwargs)
 
 
 class _Runner(fx.Interpreter):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from graphprune.allocate import Method as Allocation
 from graphprune.allocate import Target, allocate
@@ -16,11 +18,11 @@ from graphprune.coupling import Coupling
 from graphprune.errors import InputError, PlanError, VerificationError
 from graphprune.importance import Importance, Magnitude
 from graphprune.plan import Plan
-from graphprune.recover import Method
+from graphprune.recover import Method, Repair
 from graphprune.recover import repair as repair_weights
 from graphprune.report import Report, report
 from graphprune.rewrite import Emit, Rewritten, rewrite
-from graphprune.trace import Inputs, trace
+from graphprune.trace import Inputs, parameters, trace
 from graphprune.verify import Bench, Verification
 
 
@@ -33,12 +35,15 @@ class Result:
         plan: which channels of which groups stayed.
         coupling: the groups, and what was pinned.
         report: requested and achieved, causes, verification; `print` it.
+        names: fully qualified names of the parameters of the original, by the parameters themselves, which it does not
+            keep alive.
     """
 
     model: nn.Module
     plan: Plan
     coupling: Coupling
     report: Report
+    names: Mapping[torch.Tensor, tuple[str, ...]] = field(repr=False)
 
 
 def prune(
@@ -96,21 +101,64 @@ def prune(
           (2): Linear(in_features=4, out_features=5, bias=True)
         )
     """
-    _check(target, importance)
-    data = _data(importance, batches, loss) if repair != "none" or batchnorm else None
+    check(target, importance)
+    data = repair_data(importance, batches, loss) if repair != "none" or batchnorm else None
     inputs = Inputs.of(example_inputs)
     coupling = couple(trace(model, inputs), norms=norms, on_unknown=on_unknown, keep_names=keep_names)
     require_groups(coupling)
     plan = allocate(importance(model, coupling), target, coupling, method=allocation)
+    rewritten, verification, repaired = carry_out(
+        model,
+        inputs,
+        coupling,
+        plan,
+        importance,
+        emit=emit,
+        verify=verify,
+        repair=repair,
+        batchnorm=batchnorm,
+        data=data,
+    )
+    reported = report(coupling, plan, target, rewritten, verification, repaired)
+    return Result(rewritten.model, plan, coupling, reported, names_of(model))
+
+
+def carry_out(
+    model: nn.Module,
+    inputs: Inputs,
+    coupling: Coupling,
+    plan: Plan,
+    importance: Importance,
+    *,
+    emit: Emit,
+    verify: bool,
+    repair: Method = "none",
+    batchnorm: bool = False,
+    data: tuple[Iterable[Any], Loss | None] | None = None,
+) -> tuple[Rewritten, Verification | None, Repair | None]:
+    """Emit, verify and, where there is data for it, repair.
+
+    Raises:
+        GraphpruneError: as `prune`, from there on.
+    """
     rewritten, verification = emit_verified(model, inputs, coupling, plan, emit=emit, verify=verify)
     options = {name: getattr(importance, name) for name in ("sample_dim", "progress") if hasattr(importance, name)}
     repaired = data and repair_weights(
         model, rewritten.model, coupling, plan, data[0], method=repair, batchnorm=batchnorm, loss=data[1], **options
     )
-    return Result(rewritten.model, plan, coupling, report(coupling, plan, target, rewritten, verification, repaired))
+    return rewritten, verification, repaired
 
 
-def _data(
+def names_of(model: nn.Module) -> Mapping[torch.Tensor, tuple[str, ...]]:
+    """All names of each parameter, by the parameter, which is not kept alive."""
+    names: Any = WeakTensorKeyDictionary()
+    for name, parameter in parameters(model):
+        names[parameter] = (*names.get(parameter, ()), name)
+    found: Mapping[torch.Tensor, tuple[str, ...]] = names
+    return found
+
+
+def repair_data(
     importance: Importance, batches: Iterable[Any] | None, loss: Loss | None
 ) -> tuple[Iterable[Any], Loss | None]:
     """What to repair with.
@@ -125,7 +173,7 @@ def _data(
     return batches, getattr(importance, "loss", None) if loss is None else loss
 
 
-def _check(target: object, importance: object) -> None:
+def check(target: object, importance: object) -> None:
     """Refuse what is easily passed in place of a target or an importance.
 
     Raises:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -20,9 +19,7 @@ from graphprune.trace import Inputs, held, modules, run
 
 def copied(module: nn.Module) -> nn.Module:
     """A copy to compare with, in eval mode: casting may compute weights anew, which in training moves buffers."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch's own, on copying the signature of a graph module
-        made = deepcopied(module, dict(results(module)))
+    made = deepcopied(module, dict(results(module)))
     for _, part in modules(made):
         if not isinstance(part, torch.jit.ScriptModule):
             vars(part)["training"] = False

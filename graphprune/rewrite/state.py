@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import copyreg
 import functools
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
@@ -57,7 +58,8 @@ def deepcopied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """
     name = type(model).__name__
     try:
-        with same_random_numbers(model):
+        with same_random_numbers(model), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)  # torch's own, of graphs
             made: nn.Module = _copy(model, memo)
     except Exception as error:
         raise RewriteError(f"{name} cannot be copied: {type(error).__name__}: {error}") from error

@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 from torch._dispatch.python import enable_pre_dispatch, enable_python_dispatcher, no_python_dispatcher
 from torch._subclasses.schema_check_mode import SchemaCheckMode
 from torch.utils import _pytree as pytree
@@ -25,14 +24,14 @@ SILENT = ("contiguous", "lift_fresh")
 """Calls that change no values, and that a run makes or not as layout and device have it: both differ on meta."""
 
 
-def play(program: Program, model: nn.Module, inputs: Inputs, stand_in: StandIn) -> Any:
+def play(program: Program, model: Callable[..., Any], inputs: Inputs, stand_in: StandIn) -> Any:
     """What `model` returns, with every op call of `program` shown to `stand_in` on the way.
 
     Autograd and autocast act as around any call of the model.
 
     Args:
         program: recorded from this model with inputs of these shapes.
-        model: in eval mode.
+        model: in eval mode, or what calls it.
         inputs: arguments of its forward.
         stand_in: may replace the result of a node.
     Raises:
