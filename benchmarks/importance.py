@@ -128,6 +128,11 @@ def speed(args: argparse.Namespace, results: Results) -> None:
     results.data |= {"environment": environment(args), "sizes": importance_speed.SIZES}
     rows: Record = results.data.setdefault("rows", {})
     weights = next((file for file in args.weights if "56" in file.name), None)
+    if "selection" not in results.data:
+        shapes = importance_speed.LAYERS
+        found = [in_fresh_process(importance_speed.selection, *shape, args.threads) for shape in shapes]
+        results.data["selection"] = found
+        results.write()
     for name, what in importance_speed.jobs():
         held = rows.setdefault(name, {})
         if what not in held:
@@ -136,11 +141,6 @@ def speed(args: argparse.Namespace, results: Results) -> None:
             held[what]["load_average_before"] = load
             results.write()
             print(f"{name} {what}: {held[what]}", flush=True)
-    if "selection" not in results.data:
-        shapes = importance_speed.LAYERS
-        found = [in_fresh_process(importance_speed.selection, *shape, args.threads) for shape in shapes]
-        results.data["selection"] = found
-        results.write()
 
 
 def wanted(args: argparse.Namespace, criterion: str) -> tuple[str, ...]:

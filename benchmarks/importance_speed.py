@@ -26,7 +26,7 @@ from graphprune.calibrate import statistics as sums
 from graphprune.solvers import forward_selection, greedy_removal
 
 Record = dict[str, Any]
-SIZES = {"resnet50": (64, 8), "resnet56": (500, 125)}
+SIZES = {"resnet56": (500, 125), "resnet50": (64, 8)}
 """Images, and images per batch."""
 FEW = {"resnet50": 2, "resnet56": 25}
 """Images whose maps are ranked one by one."""
@@ -185,8 +185,8 @@ def selection(channels: int, taps: int, outputs: int, threads: int) -> Record:
 
 
 def jobs() -> Iterator[tuple[str, str]]:
-    """What is measured on each network."""
-    yield from itertools.product(SIZES, ("plain", "trace and couple", *CRITERIA, *PEERS, *OTHERS))
+    """What is measured on each network, what is aimed at first."""
+    yield from itertools.product(SIZES, ("plain", "trace and couple", *OTHERS, *CRITERIA, *PEERS))
 
 
 LAYERS = ((512, 1, 512), (512, 9, 512))
