@@ -59,6 +59,9 @@ def accuracy_text(data: Record) -> list[str]:
         "",
     ]
     cells = data["cells"]
+    revisions = sorted({c["revision"] for c in cells if "revision" in c})
+    if revisions:
+        lines += [f"Cells are of revisions {', '.join(revisions)}, which each names in the JSON.", ""]
     for network, whole in data["base"].items():
         for groups in ("all", "inner"):
             mine = [c for c in cells if c["network"] == network and c["groups"] == groups]
@@ -96,7 +99,7 @@ def _found(cells: Sequence[Record], whole: float) -> list[str]:
             best, criterion, how = max(means)
             lost = 100 * (whole - best)
             lines.append(f"* {target:g}: best {criterion}, {how}: {100 * best:.2f}, {lost:.2f} points lost.")
-    lines += [_against(cells, how) for how in REPAIRS[1:]]
+    lines += filter(None, (_against(cells, how) for how in REPAIRS[1:]))
     errors = {(c["criterion"], c["error_text"]) for c in cells if "error_text" in c}
     return lines + [f"* {criterion}: {text}" for criterion, text in sorted(errors)]
 
@@ -106,8 +109,10 @@ def _is(cell: Record, criterion: str, target: float) -> bool:
 
 
 def _against(cells: Sequence[Record], how: str) -> str:
-    """In how many cells a repair is better than none."""
+    """In how many cells a repair is better than none; empty where both were measured in no cell."""
     both = [c for c in cells if {"none", how} <= c["accuracy"].keys()]
+    if not both:
+        return ""
     worse = [c for c in both if c["accuracy"][how]["accuracy"] <= c["accuracy"]["none"]["accuracy"]]
     named = "; not " + ", ".join(f"{c['criterion']} at {c['target']:g}" for c in worse[:8]) if worse else ""
     more = ", ..." if len(worse) > 8 else ""
@@ -155,7 +160,8 @@ def speed_text(data: Record) -> list[str]:
         "## Speed",
         "",
         "One run each, in a process of its own: seconds, and MiB that resident memory rose by. A criterion's time",
-        f"holds its own pass over the images, but not what is done once (trace and couple). {_environment(data)}",
+        "holds its own pass over the images, but not what is done once (trace and couple). ResNet-50 has random",
+        f"weights and images; a dash was not measured. {_environment(data)}",
         "",
     ]
     names = list(data["rows"])
@@ -170,6 +176,8 @@ def speed_text(data: Record) -> list[str]:
                 [f"{f['seconds']:.2f}", f"{f['peak_bytes'] / 2**20:.0f}"] if "seconds" in f else "--" for f in found
             )
             rows.append([what, *itertools.chain(*cells)])
+    loads = [f["load_average_before"] for found in data["rows"].values() for f in found.values()]
+    lines += [f"Load average before each: {min(loads):.1f} to {max(loads):.1f}, so seconds are upper bounds.", ""]
     return [*lines, *table(header, rows), "", *_beside(data), ""]
 
 
