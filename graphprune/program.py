@@ -136,6 +136,15 @@ class Program:
         """The state tensors that are parameters."""
         return tuple(v for v in self.state if v.kind == "parameter")
 
+    @functools.cached_property
+    def readers(self) -> Mapping[Value, list[Node]]:
+        """Per value that is read, the nodes that do, in order; one that reads it twice is listed twice."""
+        found: dict[Value, list[Node]] = {}
+        for node in self.nodes:
+            for value in node.values():
+                found.setdefault(value, []).append(node)
+        return found
+
     def names(self) -> list[str]:
         """Every fully qualified name of the state, aliases included."""
         return [v.target for v in self.state if v.target] + list(self.aliases)

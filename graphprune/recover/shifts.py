@@ -18,17 +18,13 @@ class Shift(NamedTuple):
 
 def shifts(program: Program) -> dict[str, Shift]:
     """Per weight of a layer: a tensor that moves the output of each of its calls, and nothing else."""
-    readers: dict[Value, list[Node]] = {}
-    for node in program.nodes:
-        for value in node.values():
-            readers.setdefault(value, []).append(node)
     found: dict[str, list[tuple[Value | None, Node]]] = {}
     for layer in layers(program):
-        found.setdefault(layer.weight, []).append(_shift(layer, readers, program.outputs))
+        found.setdefault(layer.weight, []).append(_shift(layer, program.readers, program.outputs))
     out = {}
     for weight, calls in found.items():
         tensor, nodes = calls[0][0], {node for _, node in calls}
-        if tensor is not None and all(t is tensor for t, _ in calls) and set(readers[tensor]) == nodes:
+        if tensor is not None and all(t is tensor for t, _ in calls) and set(program.readers[tensor]) == nodes:
             out[weight] = Shift(tensor.target, 1 if tensor.kind == "parameter" else -1)
     return out
 

@@ -25,10 +25,7 @@ class Branch(NamedTuple):
 
 def branches(program: Program) -> dict[str, Branch]:
     """Per weight of a layer."""
-    readers: dict[Value, list[Node]] = {}
-    for reader in program.nodes:
-        for value in reader.values():
-            readers.setdefault(value, []).append(reader)
+    readers = program.readers
     found: dict[str, Branch] = {}
     node: Node | None
     for layer in layers(program):
