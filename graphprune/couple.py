@@ -13,7 +13,7 @@ from graphprune.axes import Atom, Axes, Axis, Pin, Sum
 from graphprune.collector import paused
 from graphprune.coupling import Coupling, Exactness, Group, Member, Members, PinnedAxis, Unknown
 from graphprune.errors import InputError, RuleError, TraceError, UnknownName, UnsupportedOp, nearest
-from graphprune.program import Node, Program, Value
+from graphprune.program import MAYBE_VIEWS, Node, Program, Value
 from graphprune.rules import RULES, Applied, Call, Dims, Rule, find, left
 from graphprune.trace import Inputs, trace
 
@@ -183,12 +183,11 @@ class _Builder:
         operands = node.values()
         if not node.outputs or not operands:
             return
-        in_place = node.op.endswith("_") and not node.op.endswith("__")
-        if in_place or node.op in _VIEWS:
+        if node.in_place or node.op in MAYBE_VIEWS:
             root = self.root.setdefault(operands[0], operands[0])
             for out in node.outputs:
                 self.root[out] = root
-        if in_place:
+        if node.in_place:
             zeros_stay = all(self.zero[node.outputs[0]])
             for value in [v for v, root_of in self.root.items() if root_of is self.root[operands[0]]]:
                 if value is not node.outputs[0]:
@@ -243,7 +242,7 @@ class _Builder:
             if not met.isdisjoint(node.values()):
                 met.update(node.outputs)
                 read.update(axis for v in node.values() for axis in self.dims[v])
-            elif node.op not in _VIEWS:
+            elif node.op not in MAYBE_VIEWS:
                 given = {self.axes.find(axis) for v in node.values() for axis in self.dims[v]}
                 read |= given - {self.axes.find(axis) for v in node.outputs for axis in self.dims[v]}
         known = set(self.axes.leaves(Sum(*set(map(self.axes.find, read)))))
@@ -307,21 +306,12 @@ class _Occurrence:
         return cls(slots[0], min(ranks), tuple(Member(value.target, d) for value, d in slots))
 
 
-_VIEWS = frozenset(
-    {
-        *("view", "reshape", "slice", "select", "unbind", "chunk", "split", "split_with_sizes", "narrow", "transpose"),
-        *("permute", "t", "squeeze", "unsqueeze", "expand", "expand_as", "alias", "detach", "flatten", "unflatten"),
-        *("view_as", "movedim", "diagonal", "as_strided", "lift_fresh", "contiguous", "tensor_split", "to"),
-    }
-)
-
-
 def _live(program: Program) -> set[str]:
     """Names of the nodes whose results reach an output, and of those that write in place."""
     needed = set(program.outputs)
     live = set()
     for node in reversed(program.nodes):
-        if node.op.endswith("_") or not needed.isdisjoint(node.outputs):
+        if node.in_place or not needed.isdisjoint(node.outputs):
             live.add(node.name)
             needed.update(node.values())
     return live

@@ -16,6 +16,19 @@ import torch
 Kind = Literal["parameter", "buffer", "constant", "input", "node"]
 
 
+VIEWS = frozenset(
+    {
+        *("alias", "as_strided", "chunk", "detach", "diagonal", "expand", "narrow", "permute", "select", "slice"),
+        *("split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view", "view_as"),
+    }
+)
+"""Ops whose outputs share the memory of their first operand."""
+MAYBE_VIEWS = VIEWS | {
+    *("contiguous", "expand_as", "flatten", "lift_fresh", "movedim", "reshape", "tensor_split", "to", "unflatten"),
+}
+"""Ops whose outputs do, or may, as layout, type and device have it."""
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Value:
     """One tensor of the program.
@@ -68,6 +81,11 @@ class Node:
     outputs: tuple[Value, ...]
     module: str
     line: tuple[str, int] | None = None
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the call writes to its first operand; `__and__` and its like do not."""
+        return self.op.endswith("_") and not self.op.endswith("__")
 
     @property
     def source(self) -> str:

@@ -53,7 +53,7 @@ def view(coupling: Coupling, program: Program, sample_dim: int, *, with_maps: bo
             "others than with the example inputs; use example inputs like the batches"
         )
     given = [v.shape[sample_dim] for v in batched(again, sample_dim)]
-    written = frozenset(v for node in program.nodes if node.op.endswith("_") for v in list(node.values())[:1])
+    written = frozenset(v for node in program.nodes if node.in_place for v in list(node.values())[:1])
     shown = _by_node(maps(again, sample_dim)) if with_maps else {}
     layers = {c.node.name: c for c in consumers(again)}
     return View(again, _by_node(ends(again, sample_dim)), shown, layers, (given or [1])[0], written)

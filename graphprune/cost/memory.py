@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from graphprune.program import Program, Value
+from graphprune.program import MAYBE_VIEWS, Program, Value
 
-VIEWS = frozenset(
-    {
-        *("view", "reshape", "slice", "select", "unbind", "chunk", "split", "split_with_sizes", "narrow", "transpose"),
-        *("permute", "t", "squeeze", "unsqueeze", "expand", "expand_as", "alias", "detach", "flatten", "unflatten"),
-        *("view_as", "movedim", "diagonal", "as_strided", "lift_fresh", "tensor_split", "dropout", "identity"),
-    }
-)
-"""Ops whose outputs are taken to share the memory of their first operand, as in-place ops' do."""
+SHARING = MAYBE_VIEWS - {"contiguous", "to"} | {"dropout"}
+"""Ops whose outputs are taken to share the memory of their first operand in eval mode, as in-place ops' do."""
 
 
 def lives(program: Program) -> dict[Value, tuple[int, int]]:
@@ -26,7 +20,7 @@ def lives(program: Program) -> dict[Value, tuple[int, int]]:
         operands = [v for v in node.values() if v.kind in ("node", "input")]
         last |= {root.get(v, v): k for v in operands}
         for output in node.outputs:
-            if operands and (node.op in VIEWS or node.op.endswith("_")):
+            if operands and (node.op in SHARING or node.in_place):
                 root[output] = root.get(operands[0], operands[0])
             else:
                 born[output] = last[output] = k

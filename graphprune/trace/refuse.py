@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from graphprune.errors import InputError, TraceError
-from graphprune.program import Program, Value
+from graphprune.program import VIEWS, Program, Value
 from graphprune.trace.inputs import Inputs
 from graphprune.trace.walk import held, modules, parameters_and_buffers
 
@@ -126,13 +126,6 @@ def _check_devices(of_training: Named, others: Named, inputs: Inputs) -> None:
 
 # -- what the code does ------------------------------------------------------------------------------------------
 
-_VIEWS = frozenset(
-    {
-        *("alias", "as_strided", "chunk", "detach", "diagonal", "expand", "narrow", "permute", "select", "slice"),
-        *("split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view", "view_as"),
-    }
-)
-
 
 def check_written(program: Program) -> None:
     """Refuse a model whose forward writes to its own parameters: it is another one after each call.
@@ -145,10 +138,9 @@ def check_written(program: Program) -> None:
         if not node.values():
             continue
         first = root.get(node.values()[0], node.values()[0])
-        writes = node.op.endswith("_") and not node.op.endswith("__")
-        if writes and first.kind == "parameter":
+        if node.in_place and first.kind == "parameter":
             raise Rewritten(written(program.model_class, first.target, f", by {node}"))
-        if writes or node.op in _VIEWS:
+        if node.in_place or node.op in VIEWS:
             root.update(dict.fromkeys(node.outputs, first))
 
 
