@@ -37,6 +37,7 @@ class Repair:
         method: "none", "bias" or "least_squares".
         original, pruned, repaired: the model before pruning, after it, and in the end.
         samples: how many samples weights were fitted on.
+        given: how many samples there were; some do not fit into memory, or do not go with the first batch.
         ridges: per fitted weight, what was added to the diagonal of its second moments, relative to their mean.
         left: weights of layers that lost inputs and could not be repaired, with the reason.
         kept: whether the new weights were kept; they are where that helps.
@@ -48,6 +49,7 @@ class Repair:
     pruned: Quality
     repaired: Quality
     samples: int
+    given: int
     ridges: Mapping[str, float]
     left: Mapping[str, str]
     kept: bool
@@ -124,7 +126,7 @@ def repair(
     repaired, kept = tried(change.state, pruned)
     repaired, anew = tried(reestimated(small, each()) if batchnorm else {}, repaired)
     left = {**change.left, **unfit(coupling, plan)} if method != "none" else {}
-    return Repair(method, original, pruned, repaired, samples, change.ridges, left, kept, anew)
+    return Repair(method, original, pruned, repaired, samples, original.samples, change.ridges, left, kept, anew)
 
 
 def _write(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:

@@ -113,7 +113,7 @@ class _Columns:
     def __init__(
         self, weight: torch.Tensor, moments: Moments, transposed: bool, groups: int, kept: torch.Tensor
     ) -> None:
-        self.like, self.transposed = weight, transposed
+        self.transposed = transposed
         self.moments = moments
         w = weight.detach().double().cpu()
         w = w.T if transposed else w

@@ -21,11 +21,13 @@ class Quality:
         error: distance of its outputs from the original's, relative to their norm.
         agreement: fraction of places at which the largest number along the last dim of the outputs' first table is the
             original's; None where there is no table.
+        samples: how many samples that is of.
     """
 
     loss: float | None
     error: float
     agreement: float | None
+    samples: int
 
     def nearer(self, other: Quality, original: Quality) -> bool:
         """Whether this is nearer to the original than `other` is: in loss, or without one in its outputs."""
@@ -72,4 +74,4 @@ class _Tally:
         """What was found."""
         error = (self.difference / self.norm) ** 0.5 if self.norm else 0.0
         agreement = self.same / self.places if self.places else None
-        return Quality(self.loss / max(1, self.samples) if with_loss else None, error, agreement)
+        return Quality(self.loss / max(1, self.samples) if with_loss else None, error, agreement, self.samples)

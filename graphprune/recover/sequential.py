@@ -91,7 +91,7 @@ def refit(model: nn.Module, small: nn.Module, coupling: Coupling, plan: Plan, in
     with torch.no_grad():
         work.run(Replay(model), inputs, work.keep, restart=work.inputs.clear)
         work.run(Replay(small), inputs, work.fit, restart=work.undo)
-    return Change(work.written, work.ridges, work.left)
+    return Change(work.written, work.ridges, {**work.unread(), **work.left})
 
 
 class _Refit:
@@ -125,7 +125,7 @@ class _Refit:
             program = replay.program(inputs)
             found, self.branches, self.streams = self._fit_for(program), branches(program), {}
             wanted = {branch.stream for branch in self.branches.values()}
-            writing = any(node.op.endswith("_") for node in program.nodes)  # possibly to what a layer read before
+            writing = any(node.in_place for node in program.nodes)  # possibly to what a layer read before
 
         def again() -> None:
             restart()
@@ -171,6 +171,11 @@ class _Refit:
             return "convolutions over volumes are not unfolded"
         many = shape[1:].numel() > UNFOLDED_LIMIT
         return f"each output has {shape[1:].numel()} weights, more than {UNFOLDED_LIMIT}" if many else ""
+
+    def unread(self) -> dict[str, str]:
+        """Layers of the original that lost weights and that the small model does not call as such, with the reason."""
+        lost = (name for name in self.inputs if name not in self.written and name in self.plan.kept)
+        return dict.fromkeys(lost, "the smaller model does not call it as such a layer")
 
     def keep(self, layer: Consumer, x: torch.Tensor) -> None:
         """Keep what a layer of the original reads, and the stream that its output is added to, if that is there yet."""

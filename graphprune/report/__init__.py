@@ -114,7 +114,7 @@ class Report:
         r = self.repair
         if r is None:
             return []
-        how = f"{r.method}, on {r.samples} samples" if r.method != "none" else "no weights"
+        how = f"{r.method}, on {r.samples} of {r.given} samples" if r.method != "none" else "no weights"
         if r.method != "none" and not r.kept:
             how += ", taken back since it did not help"
         lines = [

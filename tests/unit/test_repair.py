@@ -599,7 +599,7 @@ def test_the_report_says_what_repair_did_and_was_worth():
     )
     text = str(result.report)
     said = result.report.repair
-    assert "repaired  least_squares, on 16 samples; batch norm statistics" in text
+    assert "repaired  least_squares, on 16 of 16 samples; batch norm statistics" in text
     for title, quality in (("before pruning", said.original), ("pruned", said.pruned), ("repaired", said.repaired)):
         line = f"    {title:<15} loss {quality.loss:.4g}, output off by {quality.error:.3g}, same largest output for"
         assert f"{line} {quality.agreement:.1%}" in text
@@ -709,3 +709,12 @@ def test_weights_that_do_not_help_are_taken_back_and_the_report_says_so(monkeypa
     assert result.report.repair.repaired == result.report.repair.pruned
     assert all(torch.equal(a, b) for a, b in zip(plain.model.parameters(), result.model.parameters(), strict=True))
     assert "taken back since it did not help" in str(result.report)
+
+
+def test_the_report_says_how_many_of_the_samples_weights_were_fitted_on(monkeypatch):
+    monkeypatch.setattr(sequential, "MEMORY", 0)
+    batches = [torch.rand(4, 3, 32, 32), torch.rand(6, 3, 32, 32)]
+    target = gp.Target(channels=0.7)
+    report = gp.prune(CifarResNet(1).eval(), batches[0], target=target, repair="least_squares", batches=batches).report
+    assert (report.repair.samples, report.repair.given) == (4, 10)
+    assert "on 4 of 10 samples" in str(report)
