@@ -68,7 +68,15 @@ def _order(name: str, scores: torch.Tensor | Order, size: int) -> Order:
         )
     elif scores.size != size:
         raise InputError(f"the order of group {name!r} is of {scores.size} channels; the group has {size}")
-    return ordered(scores)
+    order = ordered(scores)
+    lost = getattr(order, "lost", None)
+    if not isinstance(lost, torch.Tensor) or lost.shape != (size + 1,) or lost.is_complex() or lost.isnan().any():
+        found = f"shape {tuple(lost.shape)}, {lost.dtype}" if isinstance(lost, torch.Tensor) else type(lost).__name__
+        raise InputError(
+            f"the order of group {name!r} says that {found} is lost; `lost` is a tensor of shape ({size + 1},), real "
+            "and without NaN: what is lost when 0, 1, ... channels stay"
+        )
+    return order
 
 
 def _kept(name: str, order: Order, width: int) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -56,14 +57,25 @@ class Problem:
     limits: Vector
     whole: Vector
 
-    def __post_init__(self) -> None:
-        starts = np.cumsum([0, *(len(u.widths) for u in self.units)])[:-1].astype(np.intp)
-        object.__setattr__(self, "_starts", starts)
-        object.__setattr__(self, "_widths", np.concatenate([u.widths for u in self.units] or [np.zeros(0, np.intp)]))
-        object.__setattr__(self, "_lost", np.concatenate([u.lost for u in self.units] or [np.zeros(0)]))
-        object.__setattr__(self, "_group", np.array([g for u in self.units for g in u.groups], dtype=np.intp))
-        which = [i for i, u in enumerate(self.units) for _ in u.groups]
-        object.__setattr__(self, "_unit", np.array(which, dtype=np.intp))
+    @functools.cached_property
+    def _starts(self) -> Widths:
+        """Where the widths of each unit begin among those of all."""
+        return np.cumsum([0, *(len(u.widths) for u in self.units)])[:-1].astype(np.intp)
+
+    @functools.cached_property
+    def _widths(self) -> Widths:
+        return np.concatenate([np.zeros(0, np.intp), *(u.widths for u in self.units)])
+
+    @functools.cached_property
+    def _lost(self) -> Vector:
+        return np.concatenate([np.zeros(0), *(u.lost for u in self.units)])
+
+    @functools.cached_property
+    def _places(self) -> tuple[Widths, Widths]:
+        """Per group that belongs to a unit, its position among those of the coupling, and the unit."""
+        pairs = [(group, i) for i, unit in enumerate(self.units) for group in unit.groups]
+        found = np.array(pairs, dtype=np.intp).reshape(-1, 2)
+        return found[:, 0], found[:, 1]
 
     @property
     def most(self) -> Widths:
@@ -72,13 +84,13 @@ class Problem:
 
     def width(self, choice: Widths) -> Widths:
         """Width per unit."""
-        found: Widths = self._widths[self._starts + choice]  # type: ignore[attr-defined]
+        found: Widths = self._widths[self._starts + choice]
         return found
 
     def widths(self, choice: Widths) -> Vector:
         """Widths of all groups of the coupling."""
-        out = self.whole.copy()
-        out[self._group] = self.width(choice)[self._unit]  # type: ignore[attr-defined]
+        out, (groups, units) = self.whole.copy(), self._places
+        out[groups] = self.width(choice)[units]
         return out
 
     def spent(self, choice: Widths) -> Vector:
@@ -92,16 +104,15 @@ class Problem:
 
     def prices(self, choice: Widths) -> npt.NDArray[np.float64]:
         """Per cost and unit, what one channel costs at these widths, relative to the limit."""
-        widths = self.widths(choice)
+        widths, (groups, units) = self.widths(choice), self._places
         out = np.zeros((len(self.costs), len(self.units)))
         for row, cost, limit in zip(out, self.costs, self.limits, strict=True):
-            held = cost.gradient(widths)[self._group] / limit  # type: ignore[attr-defined]
-            row += np.bincount(self._unit, held, len(self.units))  # type: ignore[attr-defined]
+            row += np.bincount(units, cost.gradient(widths)[groups] / limit, len(self.units))
         return out
 
     def losses(self, choice: Widths) -> Vector:
         """The importance lost in each unit."""
-        found: Vector = self._lost[self._starts + choice]  # type: ignore[attr-defined]
+        found: Vector = self._lost[self._starts + choice]
         return found
 
     def lost(self, choice: Widths) -> float:

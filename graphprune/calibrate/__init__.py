@@ -70,7 +70,7 @@ class Calibration:
         statistics: what was collected, and what that includes.
         sizes: channels per group.
         samples: how many samples were seen.
-        loss: mean loss per sample; None without a loss.
+        loss: mean loss per sample; None unless gradients were collected.
         gradients: per group.
         activations: per group.
         ranks: per group.

@@ -144,3 +144,24 @@ def test_scores_without_a_rank_have_no_order(scores):
 def test_allocate_says_which_order_is_wrong_and_how(coupling, scores, match):
     with pytest.raises(gp.InputError, match=match):
         gp.allocate({"0": scores}, gp.Target(channels=0.5), coupling)
+
+
+@pytest.mark.parametrize(
+    "lost", [None, torch.zeros(6), torch.full((7,), float("nan")), torch.zeros(7, dtype=torch.cfloat)]
+)
+def test_what_an_order_says_is_lost_is_checked(lost):
+    class Strange:
+        size = 6
+
+        def keep(self, width):
+            return list(range(width))
+
+    order = Strange()
+    if lost is not None:
+        order.lost = lost
+    net = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 5))
+    coupling = gp.couple(gp.trace(net, torch.rand(2, 3)))
+    with pytest.raises(
+        gp.InputError, match=r"order of group '0' says that .* is lost; `lost` is a tensor of shape \(7,\)"
+    ):
+        gp.allocate({"0": order}, gp.Target(channels=0.5), coupling)
