@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch._dispatch.python import enable_pre_dispatch, enable_python_dispatcher, no_python_dispatcher
-from torch._subclasses.schema_check_mode import SchemaCheckMode
+from torch._dispatch.python import no_python_dispatcher
 from torch.utils import _pytree as pytree
 
 from graphprune.errors import TraceError
 from graphprune.program import Node, Program
 from graphprune.trace.inputs import Inputs
-from graphprune.trace.record import as_if_exporting
+from graphprune.trace.predispatch import PreDispatch
 from graphprune.trace.schema import signature, writes
 
 StandIn = Callable[[Node, Any, tuple[Any, ...], Mapping[str, Any]], Any]
@@ -38,25 +36,19 @@ def play(program: Program, model: Callable[..., Any], inputs: Inputs, stand_in: 
         TraceError: the model makes other calls than when it was recorded, so its code branches on values.
     """
     player = _Player(program, stand_in)
-    with player.playing():
+    with player.seeing():
         output = model(*inputs.args, **inputs.kwargs)
     player.check_ended()
     return output
 
 
-class _Player(SchemaCheckMode):  # type: ignore[no-untyped-call]
-    """Sees the calls that the recorder saw; see there for the base class."""
+class _Player(PreDispatch):  # type: ignore[no-untyped-call]
+    """Sees the calls that the recorder saw."""
 
     def __init__(self, program: Program, stand_in: StandIn) -> None:
         super().__init__()
-        self._dispatch_key = torch.DispatchKey.PreDispatch
         self.program, self.stand_in = program, stand_in
         self.at = 0
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """As in the recorder."""
-        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -82,17 +74,6 @@ class _Player(SchemaCheckMode):  # type: ignore[no-untyped-call]
         ):
             raise TraceError(f"{self._name()} calls {func} where {node or 'nothing more'} was recorded")
         return result
-
-    @contextmanager
-    def playing(self) -> Iterator[None]:
-        """Watch while the block runs."""
-        with ExitStack() as stack:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.enter_context(as_if_exporting())
-            stack.enter_context(enable_pre_dispatch())
-            stack.enter_context(enable_python_dispatcher())
-            stack.enter_context(self)
-            yield
 
     def check_ended(self) -> None:
         """Refuse a run that stopped early.

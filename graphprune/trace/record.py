@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dispatch.python import enable_pre_dispatch, enable_python_dispatcher, no_python_dispatcher
-from torch._subclasses.schema_check_mode import SchemaCheckMode
+from torch._dispatch.python import no_python_dispatcher
 from torch.utils import _pytree as pytree
 
 from graphprune.errors import TraceError
 from graphprune.program import Node, Program, Value, is_library
 from graphprune.trace.inputs import PLAIN, Inputs
+from graphprune.trace.predispatch import PreDispatch
 from graphprune.trace.refuse import Rewritten, written
 from graphprune.trace.schema import call_node, value
 from graphprune.trace.shapes import quick
@@ -45,7 +45,7 @@ def record(model: nn.Module, inputs: Inputs) -> Program:
     """
     recorder = _Recorder(model)
     given = recorder.inputs(inputs)
-    with recorder.watching(), torch.compiler.set_stance("force_eager"):
+    with recorder.watching():
         output = model(*given.args, **given.kwargs)
     register(output)
     leaves = pytree.tree_leaves(output)
@@ -53,12 +53,11 @@ def record(model: nn.Module, inputs: Inputs) -> Program:
     return recorder.state.program(recorder.given, outputs, recorder.nodes, carried=carried(model, output))
 
 
-class _Recorder(SchemaCheckMode):  # type: ignore[no-untyped-call]
-    """Notes every op call. The base class is the one that torch lets stand at the pre-dispatch key on its own."""
+class _Recorder(PreDispatch):  # type: ignore[no-untyped-call]
+    """Notes every op call."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._dispatch_key = torch.DispatchKey.PreDispatch
         self.model = model
         self.state = State(model)
         self.nodes: list[Node] = []
@@ -131,11 +130,6 @@ class _Recorder(SchemaCheckMode):  # type: ignore[no-untyped-call]
         return self.twins[id(tensor)]
 
     # -- calls -----------------------------------------------------------------------------------------------------
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled while recording, and the guard against it costs more than a call."""
-        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -239,10 +233,7 @@ class _Recorder(SchemaCheckMode):  # type: ignore[no-untyped-call]
             hooks = nn.modules.module
             stack.callback(hooks.register_module_forward_pre_hook(self._enter).remove)
             stack.callback(hooks.register_module_forward_hook(self._leave, always_call=True).remove)
-            stack.enter_context(as_if_exporting())
-            stack.enter_context(enable_pre_dispatch())
-            stack.enter_context(enable_python_dispatcher())
-            stack.enter_context(self)
+            stack.enter_context(self.seeing())
             yield
 
     def _enter(self, module: nn.Module, _: Any) -> None:
@@ -280,17 +271,6 @@ def _tensors(arguments: Iterable[Any]) -> list[torch.Tensor]:
 def _twin(tensor: torch.Tensor) -> torch.Tensor:
     """An empty tensor on the meta device with the same shape, strides and type."""
     return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=META)
-
-
-@contextmanager
-def as_if_exporting() -> Iterator[None]:
-    """Let models that ask take the path they take for `torch.export`: one that does not depend on values."""
-    before = torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag
-    torch.compiler._is_compiling_flag = torch.compiler._is_exporting_flag = True
-    try:
-        yield
-    finally:
-        torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag = before
 
 
 def _argument_names(model: nn.Module, inputs: Inputs) -> Iterator[str]:
