@@ -155,13 +155,12 @@ def _powers(parameter: torch.Tensor, name: str, dims: Sequence[int], p: float) -
     loaded(parameter, name)
     others, weight = [d for d in range(parameter.dim()) if d not in dims], parameter.detach()
     if any(parameter.shape[d] > 1 for d in others):
-        held = _summed(weight, others, p)
+        sums = _along(_summed(weight, others, p))
     else:
-        held = _powered(weight.reshape([parameter.shape[d] for d in dims]) if others else weight, p)
-    sums = [
-        held.sum([k for k in range(len(dims)) if k != d]).cpu() if len(dims) > 1 else held.cpu()
-        for d in range(len(dims))
-    ]
+        parts = _parts(weight.reshape([parameter.shape[d] for d in dims]) if others else weight)
+        first, *rest = zip(*(_along(_powered(part, p)) for part in parts), strict=True)
+        sums = [torch.cat(first), *(torch.stack(along).sum(0) for along in rest)]
+    sums = [along.cpu() for along in sums]
     if not math.isfinite(sums[0].sum()):  # of one dim, as each sum is over all elements
         raise InputError(f"{name} holds NaN or infinity, or values too large for the {p}-th power; it has no norm")
     return sums
@@ -172,8 +171,18 @@ def _summed(weight: torch.Tensor, dims: list[int], p: float) -> torch.Tensor:
     if 0 not in dims:
         wide = torch.complex128 if weight.is_complex() else torch.float64
         return _power(torch.linalg.vector_norm(weight, p, dim=dims, dtype=wide), p)
-    rows = max(1, PART // max(1, weight[0].numel()))  # a norm over the first dim is many times slower
-    return torch.stack([_powered(part, p).sum(dims) for part in torch.split(weight, rows)]).sum(0)
+    return torch.stack([_powered(part, p).sum(dims) for part in _parts(weight)]).sum(0)  # a norm over dim 0 is slow
+
+
+def _parts(weight: torch.Tensor) -> Sequence[torch.Tensor]:
+    """The rows of a weight, as many at a time as stay in a cache when they are widened."""
+    return torch.split(weight, max(1, PART // max(1, weight[0].numel()))) if weight.numel() > PART else (weight,)
+
+
+def _along(held: torch.Tensor) -> list[torch.Tensor]:
+    """The sums at each position of each dim."""
+    every = range(held.dim())
+    return [held.sum([k for k in every if k != d]) for d in every] if held.dim() > 1 else [held]
 
 
 def _powered(x: torch.Tensor, p: float) -> torch.Tensor:

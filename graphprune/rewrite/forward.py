@@ -169,8 +169,8 @@ def _check_open(program: Program, call: Call, path: str) -> None:
 
 def _sizes(program: Program) -> list[list[Any]]:
     """Per tensor of the inputs, its sizes: ints where they are fixed."""
-    graph = program.source.module(check_guards=False).graph
-    values = [n.meta.get("val") for n in graph.nodes if n.op == "placeholder"]
+    given = set(program.source.graph_signature.user_inputs)
+    values = [n.meta.get("val") for n in program.source.graph.nodes if n.op == "placeholder" and n.name in given]
     return [[_fixed(size) for size in v.shape] for v in values if isinstance(v, torch.Tensor)]
 
 

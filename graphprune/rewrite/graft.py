@@ -116,7 +116,7 @@ class _Search:
 
     def _graft(self, paths: Iterable[str]) -> None:
         outermost = [p for p in paths if not any(p.startswith(q + ".") for q in paths)]
-        called = calls(self.model, self.inputs, outermost)
+        called = calls(self.model, self.inputs, outermost, dry=self.recorded)
         try:
             made = {p: forward_of(self.parts, p, call, self.coupling, self.plan) for p, call in called.items()}
         except RewriteError:

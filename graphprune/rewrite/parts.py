@@ -14,7 +14,7 @@ from torch import nn
 from graphprune.errors import GraphpruneError, RewriteError
 from graphprune.program import Program, Value
 from graphprune.rewrite.state import lookup
-from graphprune.trace import Inputs, run, untouched
+from graphprune.trace import Inputs, run, trace, untouched
 from graphprune.trace.export import OpenDims, export
 
 
@@ -33,12 +33,19 @@ class Call:
     open_dims: OpenDims
 
 
-def calls(model: nn.Module, inputs: Inputs, paths: Sequence[str]) -> dict[str, Call]:
-    """How `model` calls the modules at `paths`, each for the first time, when it is run on `inputs`."""
+def calls(model: nn.Module, inputs: Inputs, paths: Sequence[str], *, dry: bool = False) -> dict[str, Call]:
+    """How `model` calls the modules at `paths`, each for the first time, when it is run on `inputs`.
+
+    Args:
+        model, inputs: the model, and arguments of its forward.
+        paths: the modules.
+        dry: run on the meta device, where the model is known to run; tensors computed in the run are then given as
+            zeros, for exports do not look at values.
+    """
     wider = inputs.map(lambda t: torch.cat([t, t]) if t.dim() else t)
-    once, twice = _arguments(model, inputs, paths), {}
+    once, twice = _arguments(model, inputs, paths, dry), {}
     try:
-        twice = _arguments(model, wider, paths)
+        twice = _arguments(model, wider, paths, dry)
     except Exception:  # the model fixes its batch size; what it traces to then does, too
         twice = once
     single = {t.shape[0] for t in inputs.tensors() if t.dim()} == {1}
@@ -49,21 +56,38 @@ def calls(model: nn.Module, inputs: Inputs, paths: Sequence[str]) -> dict[str, C
     return found
 
 
-def _arguments(model: nn.Module, inputs: Inputs, paths: Sequence[str]) -> dict[str, tuple[Inputs, tuple[str, ...]]]:
+def _arguments(
+    model: nn.Module, inputs: Inputs, paths: Sequence[str], dry: bool
+) -> dict[str, tuple[Inputs, tuple[str, ...]]]:
     found: dict[str, tuple[Inputs, tuple[str, ...]]] = {}
     handles = []
     for path in paths:
 
         def note(module: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
-            found.setdefault(path, _bound(module, args, kwargs))
+            if path not in found:
+                found[path] = _bound(module, args, kwargs)
 
         handles.append(lookup(model, path).register_forward_pre_hook(note, with_kwargs=True))
     try:
-        run(model, inputs)
+        trace(model, inputs, front_end="record") if dry else run(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    if not dry:
+        return found
+    device = next((t.device for t in (*model.parameters(), *inputs.tensors())), torch.device("cpu"))
+    real: dict[int, torch.Tensor] = {}  # one tensor given twice stays one
+
+    def with_values(tensor: torch.Tensor) -> torch.Tensor:
+        return real.setdefault(id(tensor), _zeros(tensor, device)) if tensor.is_meta else tensor
+
+    return {path: (arguments.map(with_values), names) for path, (arguments, names) in found.items()}
+
+
+def _zeros(like: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Zeros in the layout of another tensor, whose elements may share memory."""
+    length = 1 + sum((n - 1) * step for n, step in zip(like.shape, like.stride(), strict=True)) if like.numel() else 0
+    return torch.zeros(length, dtype=like.dtype, device=device).as_strided(like.shape, like.stride())
 
 
 def _bound(module: nn.Module, args: Any, kwargs: Any) -> tuple[Inputs, tuple[str, ...]]:

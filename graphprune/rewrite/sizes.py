@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +13,9 @@ from torch import nn
 def by_weights(module: nn.Module) -> dict[str, Any]:
     """The size attributes of a module, as its weights have them; empty for a module of any other kind."""
     found: dict[str, Any] = {}
-    for kind, attributes in _TORCH:
-        if isinstance(module, kind):
-            found.update(attributes(module))
+    kind: Any = type(module)
+    for attributes in _readers(kind):
+        found.update(attributes(module))
     return found
 
 
@@ -85,3 +86,8 @@ _TORCH: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Callable[[Any
     (nn.RNNBase, _rnn),
     (nn.RNNCellBase, _rnn_cell),
 )
+
+
+@functools.cache
+def _readers(kind: type[nn.Module]) -> tuple[Callable[[Any], dict[str, Any]], ...]:
+    return tuple(attributes for base, attributes in _TORCH if issubclass(kind, base))

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from graphprune.errors import RewriteError
 from graphprune.plan import Plan, sliced
-from graphprune.trace import forget, held, is_plain, modules, same_random_numbers
+from graphprune.trace import PLAIN, forget, held, is_plain, modules, same_random_numbers
 
 
 def smaller(tensor: torch.Tensor, name: str, plan: Plan) -> torch.Tensor:
@@ -41,6 +41,8 @@ def results(model: nn.Module) -> dict[int, torch.Tensor]:
     kept: list[Any] = []
     for _, module in modules(model):
         for name, value in vars(module).items():
+            if type(value) in PLAIN:
+                continue
             if isinstance(value, torch.Tensor):
                 kept.append(value)
             elif isinstance(value, (dict, list, tuple)) and value and name not in ("_parameters", "_modules"):
@@ -67,7 +69,7 @@ def deepcopied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     forget(made)
     for part, training in modes:
         vars(part)["training"] = training  # a class may refuse to have attributes set
-    own = {id(part) for _, part in modules(model)} | {id(tensor) for _, tensor in held(model)}
+    own = {id(part) for _, part in (*modules(model), *held(model))}
     shared = [path for path, part in (*modules(made), *held(made)) if id(part) in own]
     if shared:
         raise RewriteError(f"{name} cannot be copied: __deepcopy__ gives {shared[0] or 'the model'} itself, not a copy")
@@ -81,7 +83,7 @@ def _copy(held: Any, memo: dict[int, Any]) -> Any:
     if isinstance(held, nn.Module):
         return _copy_module(held, memo)
     kind = type(held)
-    if kind is not dict and not (kind in _EMPTY and not held):
+    if kind is not dict and (kind not in _EMPTY or held):
         return copy.deepcopy(held, memo)
     made = memo[id(held)] = kind()
     for key, value in held.items() if held else ():
@@ -89,7 +91,7 @@ def _copy(held: Any, memo: dict[int, Any]) -> Any:
     return made
 
 
-_EMPTY = frozenset({OrderedDict, set, list})
+_EMPTY = frozenset({OrderedDict, dict, set, list})
 
 
 def _copy_module(module: Any, memo: dict[int, Any]) -> Any:
@@ -98,8 +100,16 @@ def _copy_module(module: Any, memo: dict[int, Any]) -> Any:
     if _pickles_its_own_way(kind) or getattr(module, "__deepcopy__", None) is not None:
         return copy.deepcopy(module, memo)
     made = memo[id(module)] = object.__new__(kind)
-    state = module.__getstate__().items()
-    made.__setstate__({name: value if is_plain(value) else _copy(value, memo) for name, value in state})
+    state = {}
+    for name, value in module.__getstate__().items():
+        held = type(value)
+        if held in PLAIN:
+            state[name] = value
+        elif held in _EMPTY and not value and id(value) not in memo:
+            state[name] = memo[id(value)] = held()
+        else:
+            state[name] = value if is_plain(value) else _copy(value, memo)
+    made.__setstate__(state)
     return made
 
 

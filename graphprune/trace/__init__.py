@@ -17,7 +17,7 @@ from graphprune.collector import paused
 from graphprune.errors import InputError, TraceError
 from graphprune.program import Program
 from graphprune.trace.export import export, nested_graph
-from graphprune.trace.inputs import Inputs, forget, is_plain, output_tensors, run, same_random_numbers, untouched
+from graphprune.trace.inputs import PLAIN, Inputs, forget, is_plain, output_tensors, run, same_random_numbers, untouched
 from graphprune.trace.play import StandIn, play
 from graphprune.trace.record import record
 from graphprune.trace.refuse import Rewritten, check, check_written, own_failure
@@ -26,6 +26,7 @@ from graphprune.trace.tree import register
 from graphprune.trace.walk import held, modules, parameters
 
 __all__ = [
+    "PLAIN",
     "Inputs",
     "StandIn",
     "forget",

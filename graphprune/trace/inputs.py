@@ -71,15 +71,16 @@ def untouched(model: nn.Module, *, computing: bool = True) -> Iterator[None]:
         model: any module.
         computing: whether ops run in the block; without, no tensor can get other values, and none is kept.
     """
-    scripted = [(m, m.training) for _, m in modules(model) if isinstance(m, torch.jit.ScriptModule)]
+    held = [module for _, module in modules(model)]
+    scripted = [(m, m.training) for m in held if isinstance(m, torch.jit.ScriptModule)]
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    before = _Before(model, values=computing)
+    before = _Before(held, values=computing)
     try:
         with same_random_numbers(model), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Using `torch.compile")  # of hooks that are not the user's
             torch.backends.mha.set_fastpath_enabled(False)
             forget(model)
-            for _, module in modules(model):
+            for module in held:
                 if isinstance(module, torch.jit.ScriptModule):
                     module.training = False
                 else:  # a class may refuse to have attributes set
@@ -147,27 +148,30 @@ class _Before:
     (locks, files, loggers) and of torch and NumPy are left alone.
 
     Args:
-        model: where to start.
+        held: the modules to start from.
         values: whether tensors that are no parameters may get other values.
     """
 
-    def __init__(self, model: nn.Module, *, values: bool) -> None:
+    def __init__(self, held: Iterable[nn.Module], *, values: bool) -> None:
         self.values = values
         self.empty: list[Any] = []
         self.dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
         self.lists: list[tuple[Any, list[Any]]] = []
         self.others: list[Callable[[], object]] = []
-        rest: list[Any] = [m for _, m in modules(model) if not isinstance(m, torch.jit.ScriptModule)]
+        rest: list[Any] = [module for module in held if not isinstance(module, torch.jit.ScriptModule)]
         seen: dict[int, Any] = {}  # kept alive, so that ids stay unique
         while rest:
-            held = rest.pop()
-            if id(held) in seen or isinstance(held, (type, torch.jit.ScriptModule)):
+            found = rest.pop()
+            if id(found) in seen or isinstance(found, (type, torch.jit.ScriptModule)):
                 continue
-            seen[id(held)] = held
-            for inside in self._note(held):
-                if type(inside) in _CONTAINERS and not inside:  # most of a module is empty dicts of hooks
+            seen[id(found)] = found
+            for inside in self._note(found):
+                kind = type(inside)
+                if kind in PLAIN:
+                    continue
+                if kind in _CONTAINERS and not inside:  # most of a module is empty dicts of hooks
                     self.empty.append(inside)
-                elif not is_plain(inside):
+                elif kind is not tuple or not is_plain(inside):
                     rest.append(inside)
 
     def _note(self, held: Any) -> Iterable[Any]:

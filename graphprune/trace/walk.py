@@ -16,20 +16,20 @@ T = TypeVar("T")
 
 def modules(model: nn.Module, *, remove_duplicate: bool = True) -> list[tuple[str, nn.Module]]:
     """Every module under its path, "" being the model; a shared one under the first of its paths, or under each."""
-    found: list[tuple[str, nn.Module]] = []
-    seen: set[int] = set()
+    found = [("", model)]
+    seen = {id(model)}
 
-    def visit(path: str, module: nn.Module) -> None:
-        if remove_duplicate:
-            if id(module) in seen:
-                return
-            seen.add(id(module))
-        found.append((path, module))
-        for name, child in module._modules.items():
-            if child is not None:
-                visit(f"{path}.{name}" if path else name, child)
+    def visit(prefix: str, children: Mapping[str, nn.Module | None]) -> None:
+        for name, child in children.items():
+            if child is None or (remove_duplicate and id(child) in seen):
+                continue
+            seen.add(id(child))
+            path = prefix + name
+            found.append((path, child))
+            if child._modules:
+                visit(path + ".", child._modules)
 
-    visit("", model)
+    visit("", model._modules)
     return found
 
 
