@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import graphprune as gp
 from graphprune.reference import run_zeroed
 from graphprune.rewrite.graft import source_of
+from graphprune.rewrite.parts import calls
 from graphprune.trace import run
 from graphprune.verify import difference
 from tests.nets import randomised
@@ -350,3 +351,27 @@ def test_an_int_that_another_module_reads_is_not_taken_for_a_size():
     result = half(model, torch.rand(2, 9, 5))
     assert result.report.grafts == ("1.attention",)
     assert result.model[1].attention.period == 8
+
+
+def test_a_dry_run_tells_how_modules_are_called_as_a_real_one_does():
+    class Inner(nn.Module):
+        def forward(self, x, bias, twice, again, *, flag, scale):
+            return x + bias + twice + again
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.inner = nn.Linear(5, 6), Inner()
+
+        def forward(self, x):
+            y = self.first(x)
+            return self.inner(y.t().contiguous().t(), y.mean(1, keepdim=True).expand(-1, 6), y, y, flag=None, scale=2)
+
+    net, inputs = Outer().eval(), gp.Inputs.of(torch.randn(1, 5))
+    (wet,), (dry,) = (calls(net, inputs, ["inner"], dry=dry).values() for dry in (False, True))
+    assert (dry.names, dry.open_dims) == (wet.names, wet.open_dims) == (wet.names, [(0,)] * 4)
+    told = [[(t.shape, t.stride(), t.dtype, t.device) for t in c.arguments.tensors()] for c in (dry, wet)]
+    assert told[0] == told[1]
+    assert told[0][1][1] == (1, 0)  # an expanded tensor
+    assert dry.arguments.args[2] is dry.arguments.args[3]
+    assert dry.arguments.kwargs == {"flag": None, "scale": 2}
