@@ -3,13 +3,18 @@
 MACs are multiply-adds (one multiply-add = 1) of convolutions, linear layers, matrix products and attention at the
 example inputs; parameters are counted once each, tied ones too. Memory is what a run in eval mode holds at most: all
 weights and buffers, and the activations that are alive at once.
+
+Published tables count in other ways, and their figures can be compared only with figures counted likewise: `flops` are
+two to a multiply-add, and `macs` and `flops` with `convention="outputs"` let a layer cost less for the channels it no
+longer computes but not for those it no longer reads.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 
@@ -17,9 +22,11 @@ from graphprune.axes import Atom, Axes, Axis
 from graphprune.cost.memory import lives
 from graphprune.cost.polynomial import Polynomial, Vector
 from graphprune.coupling import Coupling
+from graphprune.errors import InputError
 from graphprune.plan import Plan
 
 Products = Sequence[Sequence[Axis]]
+Convention: TypeAlias = Literal["left", "outputs"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,10 +79,51 @@ class Cost:
         return round(self.of(self.vector(widths)))
 
 
-def macs(coupling: Coupling) -> Cost:
-    """Multiply-adds of a model at the example inputs."""
-    products = [product for applied in coupling.applied.values() for product in applied.macs]
-    return Cost("macs", [products], coupling.axes, coupling.atoms)
+def macs(coupling: Coupling, *, convention: Convention = "left") -> Cost:
+    """Multiply-adds of a model at the example inputs.
+
+    Args:
+        coupling: of the model.
+        convention: "left" counts what the smaller model does. "outputs" counts as HRank does (Lin et al., CVPR 2020): a
+            layer's multiply-adds fall with the channels that it computes, and what it sums over stays as it was. That
+            is more than the smaller model does; it is there to compare with tables that count so.
+    Raises:
+        InputError: another convention.
+
+    Example:
+        >>> import torch, graphprune as gp
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 5))
+        >>> coupling = gp.couple(gp.trace(net, torch.zeros(1, 3)))
+        >>> [macs(coupling, convention=c).at({"0": 4}) for c in ("left", "outputs")]
+        [32, 52]
+    """
+    return Cost("macs", [list(_multiplied(coupling, convention))], coupling.axes, coupling.atoms)
+
+
+def flops(coupling: Coupling, *, convention: Convention = "left") -> Cost:
+    """Twice the multiply-adds: a multiplication and an addition each.
+
+    Args:
+        coupling: of the model.
+        convention: as for `macs`.
+    Raises:
+        InputError: another convention.
+    """
+    twice = [(*product, Atom(2)) for product in _multiplied(coupling, convention)]
+    return Cost("flops", [twice], coupling.axes, coupling.atoms)
+
+
+def _multiplied(coupling: Coupling, convention: Convention) -> Iterator[Sequence[Axis]]:
+    """The products that are multiply-adds.
+
+    Raises:
+        InputError: an unknown convention.
+    """
+    if convention not in get_args(Convention):
+        raise InputError(f"convention={convention!r}: it is one of {', '.join(get_args(Convention))}")
+    for applied in coupling.applied.values():
+        for made, summed in applied.macs:
+            yield *made, *(summed if convention == "left" else (Atom(axis.size) for axis in summed))
 
 
 def params(coupling: Coupling) -> Cost:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from graphprune.axes import Atom, Axes, Axis, Pin
 from graphprune.errors import RuleError
@@ -61,6 +61,18 @@ class Distinct:
     reason: str
 
 
+class Multiplied(NamedTuple):
+    """Multiply-adds: the product of the sizes of these axes.
+
+    Attributes:
+        made: axes of the outputs.
+        summed: axes the outputs do not have.
+    """
+
+    made: Dims
+    summed: Dims
+
+
 @dataclass(frozen=True)
 class Applied:
     """What a rule said about one node.
@@ -74,7 +86,7 @@ class Applied:
         fixed: arguments that must be stated once an axis changes.
         replacement: another op to call where the literals cannot say it.
         renormalised: axes over which the op takes statistics.
-        macs: products of axes (with a constant), their sum being the multiply-adds of the op.
+        macs: products of axes, their sum being the multiply-adds of the op.
         zero: per output and dim, whether the removed positions hold zeros in the zeroed original.
         distinct: axes that may shrink, but not to one width.
     """
@@ -87,7 +99,7 @@ class Applied:
     fixed: tuple[Fixed, ...] = ()
     replacement: Replacement | None = None
     renormalised: tuple[Axis, ...] = ()
-    macs: tuple[tuple[Axis, ...], ...] = ()
+    macs: tuple[Multiplied, ...] = ()
     zero: tuple[tuple[bool, ...], ...] = ()
     distinct: tuple[Distinct, ...] = ()
 
@@ -118,7 +130,7 @@ class Call:
         self.fixed: list[Fixed] = []
         self.replacement: Replacement | None = None
         self.renormalised: list[Axis] = []
-        self.macs: list[tuple[Axis, ...]] = []
+        self.macs: list[Multiplied] = []
         self.ties: list[tuple[tuple[int, int], ...]] = []
         self.zero: list[tuple[bool, ...]] | None = None
         self.distinct: list[Distinct] = []
@@ -189,6 +201,10 @@ class Call:
     def differ(self, a: Axis, b: Axis, reason: str) -> None:
         """State that two axes must not shrink to one width, because of `reason`."""
         self.distinct.append(Distinct((a, b), reason))
+
+    def multiply(self, made: Iterable[Axis], summed: Iterable[Axis]) -> None:
+        """State a product of axes as multiply-adds: what the op's outputs have, and what it sums over."""
+        self.macs.append(Multiplied(tuple(made), tuple(summed)))
 
     def tie(self, *places: tuple[int, int]) -> None:
         """State which (operand or output, dim) slots the op makes one index set, for explanations."""

@@ -81,7 +81,7 @@ def tensordot(call: Call) -> Sequence[Dims]:
         _need(call, call.unify(dims[d], others[e]), call.zeros(left)[d] or call.zeros(right)[e])
     out = [(a, z) for d, (a, z) in enumerate(zip(dims, call.zeros(left), strict=True)) if d not in gone]
     out += [(a, z) for e, (a, z) in enumerate(zip(others, call.zeros(right), strict=True)) if e not in going]
-    call.macs.append((*(a for a, _ in out), *(dims[d] for d in gone)))
+    call.multiply((a for a, _ in out), (dims[d] for d in gone))
     call.zero = [tuple(z for _, z in out)]
     return [tuple(a for a, _ in out)]
 

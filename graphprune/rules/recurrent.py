@@ -63,12 +63,13 @@ class _Cell:
         call.unify(call.dims(weights.recur)[1], self.state)
         inner = self.carried and all(call.zeros(value)[0] for value in stacked)
         outer = inner
-        call.macs += [(*self.times, rows, entering.axis), (*self.times, rows, self.state)]
+        for read in (entering.axis, self.state):
+            call.multiply((*self.times, rows), (read,))
         if weights.project is not None:
             state, hidden = call.dims(weights.project)
             call.unify(state, self.state)
             call.unify(hidden, self.hidden)
-            call.macs.append((*self.times, self.hidden, self.state))
+            call.multiply((*self.times, self.state), (self.hidden,))
             outer = call.zeros(weights.project)[0]
             _summed(call, self.hidden, inner or call.zeros(weights.project)[1])
         _summed(call, entering.axis, entering.zero or call.zeros(weights.enter)[1])

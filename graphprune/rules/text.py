@@ -326,14 +326,16 @@ class _Match:
                     call.literal(self.found[(letter, k)], argument, self.rank[letter] - 1 - k)
         for name in rule.statistics:
             call.renormalised.extend(a for a in self._axes(name) if a.size > 1)
+        written = {key for keyed in self.written for keys in keyed for key in keys}
+        letters = {letter for letter, _ in written}
         for product in rule.macs:
-            call.macs.append(tuple(a for name in product for a in self._axes(name)))
+            made = [a for name in product if name.letter in letters for a in self._axes(name)]
+            call.multiply(made, [a for name in product if name.letter not in letters for a in self._axes(name)])
         for argument, (letter, value) in rule.fixed.items():
             axis = self.found[(letter, 0)]
             if call[argument] is None:
                 call.fix(argument, value(axis.size), axis)
         call.ties.extend(tuple(p) for key, p in self.places.items() if len(p) > 1 and self.found[key].size > 1)
-        written = {key for keyed in self.written for keys in keyed for key in keys}
         for key, axis in self.found.items():
             if key in written or key[0] in rule.whole or axis.size <= 1:
                 continue
