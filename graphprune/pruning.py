@@ -70,8 +70,9 @@ def prune(
         example_inputs: a tensor, a tuple of positional arguments, a dict of keyword arguments, or an `Inputs`.
         target: what fraction to keep, of the channels, the multiply-adds, the parameters or the memory, and limits.
         importance: ranks the channels of each group.
-        allocation: how the target is shared out over the groups: "uniform", "global", "greedy" or "knapsack", see
-            `graphprune.allocate`; all but the first need an importance whose scores compare between groups.
+        allocation: how the target is shared out over the groups: "uniform", "global", "isomorphic", "greedy" or
+            "knapsack", see `graphprune.allocate`; all but the first need an importance whose scores compare between
+            groups, "isomorphic" between groups of one structure.
         norms: "pin" removes only what is exact; "prune" also removes channels that a normalisation takes statistics
             over (transformer width), which changes what the kept channels see.
         emit: "module" for the same class, "graft" for the same class with the forward of some modules from the trace,

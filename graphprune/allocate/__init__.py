@@ -32,8 +32,10 @@ def allocate(scores: Scores, target: Target, coupling: Coupling, *, method: Meth
         target: what may be spent, and within which limits. All budgets are kept, and as much as fits is used.
         coupling: whose groups are meant.
         method: "uniform" keeps the same fraction of every group, whatever its scores; "global" cuts all groups at one
-            threshold over their scores, which must then be comparable; "greedy" takes, step by step, what loses least
-            for what it frees; "knapsack" searches for the widths at which least is lost.
+            threshold over their scores, which must then be comparable; "isomorphic" has such a threshold for each class
+            of groups of one structure, and keeps the same fraction of every class, so that scores must compare inside
+            classes only; "greedy" takes, step by step, what loses least for what it frees; "knapsack" searches for the
+            widths at which least is lost.
     Raises:
         TargetError: a budget lies below what the limits leave; the message gives that value.
         UnknownName: scores for a group, or a pattern of the target, that is not there.

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, TypeAlias
 
 import numpy as np
 
-from graphprune.allocate.problem import ROUNDING, Problem, Widths
+from graphprune.allocate.problem import ROUNDING, Problem, Unit, Widths
 from graphprune.cost.polynomial import Vector
 
-Method: TypeAlias = Literal["uniform", "global", "greedy", "knapsack"]
+Method: TypeAlias = Literal["uniform", "global", "isomorphic", "greedy", "knapsack"]
 REFRESHES = 20_000
 """How often the greedy method works out prices anew, at most; one channel at a time up to this many steps."""
 MULTIPLIERS = 48
@@ -44,7 +44,32 @@ def uniform(problem: Problem) -> Widths:
 
 def threshold(problem: Problem) -> Widths:
     """One threshold over the importance of single channels: whatever lies below it goes, in every group."""
-    slopes = [_slopes(u.lost, u.widths) for u in problem.units]
+    return _cut(problem, [_slopes(u) for u in problem.units])
+
+
+def isomorphic(problem: Problem) -> Widths:
+    """One threshold for each class of groups of one structure, such that each class keeps the same fraction."""
+    slopes = [_slopes(u) for u in problem.units]
+    ranks = [np.zeros(0)] * len(slopes)
+    members: dict[tuple[int, ...], list[int]] = {}
+    for unit, kind in enumerate(problem.kinds):
+        members.setdefault(kind, []).append(unit)
+    for units in members.values():
+        found = np.concatenate([slopes[i] for i in units])
+        levels, which = np.unique(-found, return_inverse=True)
+        steps = np.concatenate([np.diff(problem.units[i].widths) for i in units])
+        least = sum(int(problem.units[i].widths[0]) for i in units)
+        kept = least + np.bincount(which, steps, len(levels)).cumsum()
+        share = kept / sum(problem.units[i].size for i in units)  # what the class keeps with all steps of that level
+        ends = np.cumsum([len(slopes[i]) for i in units])
+        ranks_of = np.split(-share[which], ends[:-1])
+        for i, rank in zip(units, ranks_of, strict=True):
+            ranks[i] = rank
+    return _cut(problem, ranks)
+
+
+def _cut(problem: Problem, slopes: Sequence[Vector]) -> Widths:
+    """The lowest threshold that fits: of each unit stay the steps that lie above it."""
     levels = np.unique(np.concatenate([s for s in slopes if len(s)] or [np.zeros(1)]))
 
     def above(number: int) -> Widths:
@@ -78,7 +103,7 @@ def knapsack(problem: Problem) -> Widths:
     """The widths at which least importance is lost: the best of Lagrangian relaxations and the other methods, each
     improved by exchanges until none helps.
     """
-    starts = [uniform(problem), threshold(problem), greedy(problem), *_relaxed(problem)]
+    starts = [uniform(problem), threshold(problem), isomorphic(problem), greedy(problem), *_relaxed(problem)]
     starts.sort(key=problem.lost)
     best = [improved(problem, start) for start in starts[:3]]
     return min(best, key=problem.lost)
@@ -87,6 +112,7 @@ def knapsack(problem: Problem) -> Widths:
 METHODS: Mapping[str, Callable[[Problem], Widths]] = {
     "uniform": uniform,
     "global": threshold,
+    "isomorphic": isomorphic,
     "greedy": greedy,
     "knapsack": knapsack,
 }
@@ -189,7 +215,7 @@ def _barred(order: Callable[[int, int], float], barred: int) -> Callable[[int, i
     return lambda unit, k: np.inf if unit == barred else order(unit, k)
 
 
-def _slopes(lost: Vector, widths: Widths) -> Vector:
+def _slopes(unit: Unit) -> Vector:
     """Per step, the importance of one of its channels, made to fall as more stay: [k - 1] is that of the step to k."""
-    steps = -np.diff(lost) / np.diff(widths)
+    steps = -np.diff(unit.lost) / (np.diff(unit.widths) * len(unit.groups))
     return np.minimum.accumulate(steps)

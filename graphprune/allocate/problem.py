@@ -5,12 +5,14 @@ from __future__ import annotations
 import fnmatch
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from graphprune.allocate.classes import structures
 from graphprune.allocate.target import Target
 from graphprune.cost import COSTS, Cost
 from graphprune.cost.polynomial import Vector
@@ -21,6 +23,8 @@ from graphprune.importance import Order
 Widths = npt.NDArray[np.intp]
 ROUNDING = 1e-12
 """By how much a cost may exceed its limit, relative to it: limits are fractions in floating point."""
+LIMITS: dict[str, Any] = {"floor": 1, "max_removed": 1.0, "multiple_of": 1, "protect": (), "tied": ()}
+"""What a target can do without, and what it says then."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,12 +54,20 @@ class Problem:
         units: the decisions.
         costs, limits: what may be spent.
         whole: widths of all groups of the coupling before pruning.
+        coupling: whose groups are meant.
     """
 
     units: tuple[Unit, ...]
     costs: tuple[Cost, ...]
     limits: Vector
     whole: Vector
+    coupling: Coupling
+
+    @functools.cached_property
+    def kinds(self) -> list[tuple[int, ...]]:
+        """Per unit, the classes of its groups; units of equal ones are of one structure."""
+        classes = structures(self.coupling)
+        return [tuple(classes[group] for group in unit.groups) for unit in self.units]
 
     @functools.cached_property
     def _starts(self) -> Widths:
@@ -132,32 +144,47 @@ def pose(orders: Mapping[str, Order], target: Target, coupling: Coupling, *, eac
         UnknownName: a pattern of the target matches no group.
         TargetError: tied groups differ in size, or the least that the limits allow exceeds a budget.
     """
+    units = _units(orders, target, coupling, each=each)
+    whole = np.array([g.size for g in coupling.groups], dtype=float)
+    budgets = {name: share for name, share in target.budgets.items() if not (each and name == "channels")}
+    costs = {name: COSTS[name](coupling) for name in budgets}
+    most = np.array([budgets[name] * costs[name].of(whole) for name in budgets])
+    problem = Problem(units, tuple(costs.values()), most, whole, coupling)
+    if unreachable := _unreachable(problem, budgets):
+        limits = LIMITS | ({"channels": None} if isinstance(target.channels, Mapping) else {})
+        lifted = {name: replace(target, **{name: value}) for name, value in limits.items()}
+        others = {n: replace(problem, units=_units(orders, t, coupling, each=each)) for n, t in lifted.items()}
+        raise TargetError(_blocked(problem, budgets, unreachable, target, others))
+    return problem
+
+
+def _units(orders: Mapping[str, Order], target: Target, coupling: Coupling, *, each: bool) -> tuple[Unit, ...]:
+    """The decisions that a target leaves.
+
+    Raises:
+        UnknownName: a pattern of the target matches no group.
+        TargetError: tied groups differ in size.
+    """
     names = [g.name for g in coupling.groups]
     sizes = {g.name: g.size for g in coupling.groups}
+    places = {name: i for i, name in enumerate(names)}
     fractions = _fractions(target, names, each=each)
     protected = {name for pattern in target.protect for name in matching(pattern, names)}
-    free = [name for name in names if name in orders and name not in protected]
-    free = [name for name in free if not fractions or name in fractions]
+    free = {name for name in names if name in orders and name not in protected and (not fractions or name in fractions)}
     units = []
     for members in _tied(target, names, free, sizes):
         size = sizes[members[0]]
         widths = allowed(size, target, min(fractions.get(name, 1.0) for name in members))
         lost = np.sum([orders[name].lost.numpy()[widths] for name in members], axis=0)
-        units.append(Unit(tuple(names.index(name) for name in members), widths, lost, size))
-    whole = np.array([sizes[name] for name in names], dtype=float)
-    budgets = {name: share for name, share in target.budgets.items() if not (each and name == "channels")}
-    costs = {name: COSTS[name](coupling) for name in budgets}
-    limits = np.array([budgets[name] * costs[name].of(whole) for name in budgets])
-    problem = Problem(tuple(units), tuple(costs.values()), limits, whole)
-    _check_reachable(problem, budgets, target)
-    return problem
+        units.append(Unit(tuple(places[name] for name in members), widths, lost, size))
+    return tuple(units)
 
 
 def allowed(size: int, target: Target, fraction: float = 1.0) -> Widths:
     """The widths that a group of some size may have, ascending, up to a fraction of it."""
     step = target.multiple_of
-    least = target.floor if isinstance(target.floor, int) else math.ceil(target.floor * size - 1e-9)
-    least = min(size, max(1, least))
+    floor = target.floor if isinstance(target.floor, int) else math.ceil(target.floor * size - 1e-9)
+    least = min(size, max(1, floor, math.ceil((1 - target.max_removed) * size - 1e-9)))
     most = size if fraction >= 1 else min(size, max(1, int(fraction * size + 0.5)))
     found = [w for w in range(step, most + 1, step) if w >= least]
     if most == size and (not found or found[-1] != size):
@@ -187,7 +214,7 @@ def _fractions(target: Target, names: Sequence[str], *, each: bool) -> dict[str,
     return {name: f for pattern, f in target.channels.items() for name in matching(pattern, names)}
 
 
-def _tied(target: Target, names: Sequence[str], free: Sequence[str], sizes: Mapping[str, int]) -> list[list[str]]:
+def _tied(target: Target, names: Sequence[str], free: Set[str], sizes: Mapping[str, int]) -> list[list[str]]:
     """The free groups, those that are tied together in one list; tied to one that is not free they stay whole.
 
     Raises:
@@ -204,22 +231,39 @@ def _tied(target: Target, names: Sequence[str], free: Sequence[str], sizes: Mapp
     return [members for members in unique.values() if all(name in free for name in members)]
 
 
-def _check_reachable(problem: Problem, budgets: Mapping[str, float], target: Target) -> None:
-    """Refuse budgets that even the smallest widths exceed.
-
-    Raises:
-        TargetError: one is; the message gives what can be reached, and what is in the way.
-    """
+def _unreachable(problem: Problem, budgets: Mapping[str, float]) -> dict[str, float]:
+    """The budgets that even the smallest widths exceed, and the fraction of each that is left then."""
     spent = problem.spent(np.zeros(len(problem.units), dtype=np.intp))
-    wrong = [
-        f"{name}={budgets[name]:g} cannot be reached: at least {share * budgets[name]:.4f} of the {name} are left"
-        for name, share in zip(budgets, spent, strict=True)
-        if share > 1 + ROUNDING
+    return {name: share * budgets[name] for name, share in zip(budgets, spent, strict=True) if share > 1 + ROUNDING}
+
+
+def _blocked(
+    problem: Problem,
+    budgets: Mapping[str, float],
+    least: Mapping[str, float],
+    target: Target,
+    others: Mapping[str, Problem],
+) -> str:
+    """Why budgets cannot be reached: what is left of each at the least, and at the least without one of the limits.
+
+    Args:
+        problem, budgets: as posed.
+        least: per budget that is out of reach, the fraction that is left.
+        target: whose limits they are.
+        others: per limit, the problem without it.
+    """
+    lines = [
+        f"{name}={budgets[name]:g} cannot be reached: at least {left:.4f} of the {name} are left"
+        for name, left in least.items()
     ]
-    if wrong:
-        limits = f"floor={target.floor} and multiple_of={target.multiple_of}"
-        raise TargetError(
-            "\n".join(wrong)
-            + f"\nwith the least that {limits} allow in each of {len(problem.units)} groups; ask for at least that, "
-            "or unpin more axes (print(coupling) lists them with their causes)"
-        )
+    for limit, other in others.items():
+        spent = other.spent(np.zeros(len(other.units), dtype=np.intp))
+        freed = {name: share * budgets[name] for name, share in zip(budgets, spent, strict=True)}
+        if any(freed[name] < left - ROUNDING for name, left in least.items()):
+            values = ", ".join(f"{name} {freed[name]:.4f}" for name in least)
+            lines.append(f"  without {limit}={getattr(target, limit)!r}: {values}")
+    stay = len(problem.whole) - sum(len(unit.groups) for unit in problem.units)
+    return "\n".join(lines) + (
+        f"\n{stay} of {len(problem.whole)} groups and {len(problem.coupling.pinned)} pinned axes stay whole; ask for "
+        "at least what is left, lift a limit, or unpin more axes (print(coupling) lists them with their causes)"
+    )

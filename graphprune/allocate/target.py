@@ -22,10 +22,11 @@ class Target:
         memory: of the bytes that a run at the example inputs holds at most, weights and activations.
         multiple_of: widths are whole multiples of this, or stay as they are.
         floor: the least that a group keeps: a number of channels if it is an int, a fraction if it is a float.
+        max_removed: the most of a group that goes, a fraction; where there is a `floor` too, both hold.
         protect: names or patterns of groups that stay whole.
         tied: sets of group names or patterns whose widths stay equal; the groups of a set have one size.
     Raises:
-        TargetError: no quantity is given, or a value is out of range.
+        TargetError: no quantity is given, a value is out of range, or fractions contradict each other.
 
     Example:
         >>> Target(macs=0.5, params=0.6, multiple_of=8).budgets
@@ -38,6 +39,7 @@ class Target:
     memory: float | None = None
     multiple_of: int = 1
     floor: int | float = 1
+    max_removed: float = 1.0
     protect: Sequence[str] = ()
     tied: Sequence[Sequence[str]] = ()
 
@@ -58,9 +60,27 @@ class Target:
             raise TargetError(
                 f"Target(floor={self.floor!r}): a number of channels, such as 4, or a fraction in [0, 1], such as 0.1"
             )
+        if isinstance(self.max_removed, bool) or not 0 <= self.max_removed <= 1:
+            raise TargetError(f"Target(max_removed={self.max_removed!r}): a fraction of each group, in [0, 1]")
+        self._check_fractions()
         for name in ("protect", "tied"):
             if isinstance(getattr(self, name), str):
                 raise TargetError(f"Target({name}={getattr(self, name)!r}): pass a list, even of one")
+
+    def _check_fractions(self) -> None:
+        """Refuse to keep less of a group than the least that it keeps.
+
+        Raises:
+            TargetError: that is asked for.
+        """
+        asked = self.channels.values() if isinstance(self.channels, Mapping) else [self.channels or 1.0]
+        least = {"floor": self.floor if isinstance(self.floor, float) else 0.0, "max_removed": 1 - self.max_removed}
+        for name, fraction in least.items():
+            if fraction > min(asked, default=1.0) + 1e-9:
+                raise TargetError(
+                    f"Target(channels={self.channels!r}, {name}={getattr(self, name)!r}): no group may keep less than "
+                    f"{fraction:g} of its channels; lower that limit, or keep at least as much"
+                )
 
     @property
     def budgets(self) -> dict[str, float]:

@@ -183,10 +183,10 @@ def test_equal_scores_are_shared_out_the_same_way_every_time(posed):
     [
         (
             gp.Target(macs=0.01, floor=0.5),
-            r"macs=0.01 cannot be reached: at least 0\.\d+ .*floor=0.5 and multiple_of=1",
+            r"macs=0.01 cannot be reached: at least 0\.2\d+ of the macs are left\n  without floor=0.5: macs 0\.00\d+",
         ),
         (gp.Target(params=0.5, macs=0.001), r"macs=0.001 cannot be reached"),
-        (gp.Target(macs=0.3, protect=["*"]), r"at least 1\.0000 of the macs are left"),
+        (gp.Target(macs=0.3, protect=["*"]), r"at least 1\.0000 .*without protect=\['\*'\]: macs 0\.0"),
         (
             gp.Target(macs=0.3, tied=[["conv1", "layer3.0.conv1"]]),
             "tied groups have one size, and conv1 has 16, layer3",
@@ -199,7 +199,10 @@ def test_what_cannot_be_reached_is_refused_with_what_can(posed, target, match):
         gp.allocate(scores, target, coupling, method="greedy")
 
 
-@pytest.mark.parametrize("given", [{"protect": ["layer9"]}, {"tied": [["layer1.0.conv1", "nope"]]}])
+@pytest.mark.parametrize(
+    "given",
+    [{"protect": ["layer9"]}, {"tied": [["layer1.0.conv1", "nope"]]}, {"channels": {"layer1.*": 0.5, "nope": 0.5}}],
+)
 def test_names_that_are_not_there_are_refused_with_the_nearest(posed, given):
     _, _, coupling, scores = posed["residual"]
     with pytest.raises(gp.UnknownName, match=r"no group 'layer9'.*did you mean|no group 'nope'"):
@@ -213,6 +216,10 @@ def test_names_that_are_not_there_are_refused_with_the_nearest(posed, given):
         ({"macs": 0.5, "multiple_of": 2.0}, "a whole number of channels"),
         ({"macs": 0.5, "floor": 1.5}, r"floor=1.5\): a number of channels, such as 4, or a fraction"),
         ({"macs": 0.5, "floor": -1}, "a number of channels, such as 4, or a fraction"),
+        ({"macs": 0.5, "max_removed": 1.5}, r"max_removed=1.5\): a fraction of each group, in \[0, 1\]"),
+        ({"channels": 0.3, "floor": 0.5}, r"channels=0.3, floor=0.5\): no group may keep less than 0.5 of its"),
+        ({"channels": {"a": 0.6, "b": 0.3}, "floor": 0.5}, "no group may keep less than 0.5 of its channels"),
+        ({"channels": 0.3, "max_removed": 0.5}, r"max_removed=0.5\): .* lower that limit, or keep at least as much"),
         ({"macs": 0.5, "protect": "conv1"}, r"protect='conv1'\): pass a list"),
         ({"channels": {"conv1": 2.0}}, r"the fraction kept lies in \(0, 1\]"),
         ({"macs": {"conv1": 0.5}}, r"the fraction kept lies in \(0, 1\]"),
@@ -225,7 +232,9 @@ def test_limits_out_of_range_are_refused(given, match):
 
 def test_an_unknown_method_is_refused(posed):
     _, _, coupling, scores = posed["residual"]
-    with pytest.raises(gp.InputError, match="method='best': it is one of uniform, global, greedy, knapsack"):
+    with pytest.raises(
+        gp.InputError, match="method='best': it is one of uniform, global, isomorphic, greedy, knapsack"
+    ):
         gp.allocate(scores, gp.Target(macs=0.5), coupling, method="best")
 
 
