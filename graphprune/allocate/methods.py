@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, TypeAlias
 
@@ -17,6 +18,8 @@ MULTIPLIERS = 48
 SWEEPS = 12
 EXCHANGED = 256
 """Up to so many units are exchanged one by one."""
+NEAR = 1.02
+"""Of several starts, those are improved that lose at most so many times what the best does."""
 
 
 def uniform(problem: Problem) -> Widths:
@@ -87,26 +90,23 @@ def _cut(problem: Problem, slopes: Sequence[Vector]) -> Widths:
 
 def greedy(problem: Problem) -> Widths:
     """Step by step, what loses least importance for what it frees, at the widths of that moment (Group Fisher)."""
-    choice = problem.most
     each = max(1, sum(len(u.widths) - 1 for u in problem.units) // REFRESHES)
-    spent = problem.spent(choice)
-    while (spent > 1 + ROUNDING).any():
-        rate = _rates(problem, choice, np.where(spent > 1 + ROUNDING, spent - 1, 0.0))
-        for unit in np.argsort(rate, kind="stable")[:each]:
-            if np.isfinite(rate[unit]):
-                choice[unit] -= 1
-        spent = problem.spent(choice)
-    return filled(problem, choice, _worth(problem))
+    return filled(problem, _lowered(problem, problem.most, each=each), _worth(problem))
 
 
 def knapsack(problem: Problem) -> Widths:
-    """The widths at which least importance is lost: the best of Lagrangian relaxations and the other methods, each
-    improved by exchanges until none helps.
+    """The widths at which least importance is lost: the best of Lagrangian relaxations and the other methods, it and
+    those that come near it improved by exchanges until none helps.
     """
     starts = [uniform(problem), threshold(problem), isomorphic(problem), greedy(problem), *_relaxed(problem)]
-    starts.sort(key=problem.lost)
-    best = [improved(problem, start) for start in starts[:3]]
-    return min(best, key=problem.lost)
+    different = {tuple(start): start for start in starts}
+    best: Widths | None = None
+    for start in sorted(different.values(), key=problem.lost):
+        if best is None or problem.lost(start) <= NEAR * problem.lost(best):
+            found = improved(problem, start)
+            best = found if best is None or problem.lost(found) < problem.lost(best) else best
+    assert best is not None, "there are starts"
+    return best
 
 
 METHODS: Mapping[str, Callable[[Problem], Widths]] = {
@@ -147,21 +147,54 @@ def filled(problem: Problem, choice: Widths, order: Callable[[int, int], float])
 
 
 def improved(problem: Problem, choice: Widths) -> Widths:
-    """Exchange: take a step from one unit, give back elsewhere what fits then, as long as less is lost."""
+    """Exchange, as long as less is lost: take a step from one unit and give back elsewhere what fits then; or give one
+    a step, and take elsewhere what loses least until it fits.
+    """
     if len(problem.units) > EXCHANGED:
         return choice
-    worth, best = _worth(problem), problem.lost(choice)
-    again = True
+    best, again = problem.lost(choice), True
     while again:
         again = False
-        for unit in np.argsort(_rates(problem, choice, np.ones(len(problem.limits))), kind="stable"):
-            if choice[unit] == 0:
-                continue
-            other = choice.copy()
-            other[unit] -= 1
-            other = filled(problem, other, _barred(worth, int(unit)))
-            if (lost := problem.lost(other)) < best - 1e-12 * abs(best):
+        order = np.argsort(_rates(problem, choice, np.ones(len(problem.limits))), kind="stable")
+        for unit, step in itertools.product(order, (-1, 1)):
+            other = _exchanged(problem, choice, int(unit), step)
+            if other is not None and (lost := problem.lost(other)) < best - 1e-12 * abs(best):
                 choice, best, again = other, lost, True
+    return choice
+
+
+def _exchanged(problem: Problem, choice: Widths, unit: int, step: int) -> Widths | None:
+    """The choice with one unit a step lower or higher, and the others as that lets them; None where it cannot be."""
+    if not 0 <= choice[unit] + step < len(problem.units[unit].widths):
+        return None
+    other = choice.copy()
+    other[unit] += step
+    if step > 0:
+        other = _lowered(problem, other, held=unit)
+        if not problem.fits(other):
+            return None
+    return filled(problem, other, _barred(_worth(problem), unit))
+
+
+def _lowered(problem: Problem, choice: Widths, *, each: int = 1, held: int | None = None) -> Widths:
+    """Take steps until no limit is exceeded or none is left: what loses least for what it frees of what is too much.
+
+    Args:
+        problem, choice: where to start.
+        each: how many units take a step before prices are worked out anew.
+        held: a unit that takes none.
+    """
+    choice = choice.copy()
+    spent = problem.spent(choice)
+    while (spent > 1 + ROUNDING).any():
+        rate = _rates(problem, choice, np.where(spent > 1 + ROUNDING, spent - 1, 0.0))
+        if held is not None:
+            rate[held] = np.inf
+        taken = [unit for unit in np.argsort(rate, kind="stable")[:each] if np.isfinite(rate[unit])]
+        if not taken:
+            break
+        choice[taken] -= 1
+        spent = problem.spent(choice)
     return choice
 
 
