@@ -24,12 +24,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import datetime
-import importlib.metadata
 import itertools
-import json
 import os
-import platform
 import time
 import warnings
 from pathlib import Path
@@ -42,41 +38,13 @@ import torch
 from importance_accuracy import CRITERIA, REPAIRS, SETTINGS, Subject, base, key, measured
 from importance_data import Test, calibration, cifar, networks, training
 from importance_peer import PEERS, Peer
+from results_file import Results, environment
 from speed import in_fresh_process
-
-import graphprune as gp
 
 Record = dict[str, Any]
 SECTIONS = ("accuracy", "lite0", "speed")
+PACKAGES = ("torch", "torch-pruning", "numpy")
 TARGETS = (0.9, 0.8, 0.7, 0.6, 0.5)
-
-
-class Results:
-    """A file of results, written after every one."""
-
-    def __init__(self, file: Path, *, fresh: bool) -> None:
-        self.file = file
-        self.data: Record = {} if fresh or not file.exists() else json.loads(file.read_text())
-
-    def write(self) -> None:
-        """In one step, so that a stop leaves the file whole."""
-        temporary = self.file.with_name(f".{self.file.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(self.data, indent=1) + "\n")
-        os.replace(temporary, self.file)
-
-
-def environment(args: argparse.Namespace) -> Record:
-    """What the numbers depend on, without naming the machine."""
-    packages = ("torch", "torch-pruning", "numpy")
-    versions = {"python": platform.python_version(), "graphprune": gp.__version__}
-    return {
-        "versions": versions | {name: importlib.metadata.version(name) for name in packages},
-        "date": datetime.date.today().isoformat(),
-        "machine": platform.machine(),
-        "cpus": os.cpu_count(),
-        "device": "cpu",
-        "threads": args.threads,
-    }
 
 
 def accuracy(args: argparse.Namespace, results: Results) -> None:
@@ -85,7 +53,7 @@ def accuracy(args: argparse.Namespace, results: Results) -> None:
     loaded = networks(args.weights)
     bases = results.data.setdefault("base", {})
     cells: list[Record] = results.data.setdefault("cells", [])
-    results.data |= {"environment": environment(args), "calibration_images": args.images}
+    results.data |= {"environment": environment(args, PACKAGES), "calibration_images": args.images}
     for name, network in loaded.items():
         if name not in bases:
             found = base(network, test)
@@ -119,13 +87,13 @@ def accuracy(args: argparse.Namespace, results: Results) -> None:
 
 def lite0(args: argparse.Namespace, results: Results) -> None:
     """Every cell that the results lack."""
-    results.data["environment"] = environment(args)
+    results.data["environment"] = environment(args, PACKAGES)
     importance_lite.run(args, results)
 
 
 def speed(args: argparse.Namespace, results: Results) -> None:
     """Every row that the results lack."""
-    results.data |= {"environment": environment(args), "sizes": importance_speed.SIZES}
+    results.data |= {"environment": environment(args, PACKAGES), "sizes": importance_speed.SIZES}
     rows: Record = results.data.setdefault("rows", {})
     weights = next((file for file in args.weights if "56" in file.name), None)
     if "selection" not in results.data:

@@ -108,10 +108,10 @@ class Test:
 
 
 def fused(network: nn.Module) -> nn.Module:
-    """A copy whose batch norms are part of the convolutions before them."""
+    """A copy whose batch norms are part of the convolutions before them, but for grafts, which read both."""
     network = copy.deepcopy(network).eval()
     for module in network.modules():
-        for k in ("1", "2"):
+        for k in ("1", "2") if type(module) in (cifar.ResNet, cifar.BasicBlock) else ():
             conv, norm = getattr(module, f"conv{k}", None), getattr(module, f"bn{k}", None)
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 setattr(module, f"conv{k}", fuse_conv_bn_eval(conv, norm))

@@ -38,10 +38,11 @@ class Peer:
 
     Args:
         subject: whose network, groups and calibration images are used.
+        options: of torch-pruning's pruner.
     """
 
-    def __init__(self, subject: Subject) -> None:
-        self.subject = subject
+    def __init__(self, subject: Subject, options: Mapping[str, Any] | None = None) -> None:
+        self.subject, self.options = subject, options or {}
 
     def measured(self, cell: Record, test: Test) -> Record:
         """The cell with the accuracy of what torch-pruning leaves: of its networks within the target the largest."""
@@ -74,6 +75,7 @@ class Peer:
             importance=PEERS[criterion](),
             pruning_ratio=ratio,
             ignored_layers=self.ignored(network),
+            **self.options,
         ).step()
         return network.eval()
 
