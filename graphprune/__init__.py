@@ -1,6 +1,6 @@
 """Structural pruning for any PyTorch module, proved equal to the original with the same channels zeroed."""
 
-from graphprune import importance
+from graphprune import importance, recover, training
 from graphprune.allocate import Target, allocate
 from graphprune.calibrate import Calibration, calibrate
 from graphprune.couple import couple
@@ -70,9 +70,11 @@ __all__ = [
     "op",
     "prune",
     "prune_iteratively",
+    "recover",
     "repair",
     "rewrite",
     "sensitivity",
     "trace",
+    "training",
     "verify",
 ]
