@@ -5,6 +5,7 @@ removes: each is a callable between `loss.backward()` and `optimizer.step()`. `G
 steps. All of them can be attached to an optimizer.
 """
 
+from graphprune.training.callbacks import lightning_callback, transformers_callback
 from graphprune.training.distribution import Distribution
 from graphprune.training.fisher import GroupFisher, Removed
 from graphprune.training.growing import GrowingL2
@@ -21,5 +22,7 @@ __all__ = [
     "Removed",
     "Slimming",
     "Strength",
+    "lightning_callback",
     "ramp",
+    "transformers_callback",
 ]
