@@ -1,6 +1,6 @@
 """Structural pruning for any PyTorch module, proved equal to the original with the same channels zeroed."""
 
-from graphprune import importance
+from graphprune import importance, recover, training
 from graphprune.allocate import Target, allocate
 from graphprune.calibrate import Calibration, calibrate
 from graphprune.couple import couple
@@ -15,6 +15,7 @@ from graphprune.errors import (
     RuleError,
     TargetError,
     TraceError,
+    TrainingError,
     UnknownName,
     UnsupportedOp,
     VerificationError,
@@ -58,6 +59,7 @@ __all__ = [
     "Target",
     "TargetError",
     "TraceError",
+    "TrainingError",
     "UnknownName",
     "UnsupportedOp",
     "Verification",
@@ -70,9 +72,11 @@ __all__ = [
     "op",
     "prune",
     "prune_iteratively",
+    "recover",
     "repair",
     "rewrite",
     "sensitivity",
     "trace",
+    "training",
     "verify",
 ]

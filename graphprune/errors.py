@@ -38,6 +38,10 @@ class CriterionError(GraphpruneError):
     """An importance criterion has nothing to say about a group."""
 
 
+class TrainingError(GraphpruneError):
+    """Training cannot go on."""
+
+
 class PlanError(GraphpruneError):
     """A plan does not fit the model it is used on."""
 

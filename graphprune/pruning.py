@@ -180,11 +180,20 @@ def check(target: object, importance: object) -> None:
     Raises:
         InputError: they are something else.
     """
-    if not isinstance(target, Target):
-        raise InputError(f"target={target!r}: pass a Target that says of what, such as gp.Target(macs=0.5)")
+    check_target(target)
     if isinstance(importance, type) or not callable(importance):
         name = getattr(importance, "__name__", repr(importance))
         raise InputError(f"importance={name}: pass an instance, such as gp.importance.Magnitude()")
+
+
+def check_target(target: object) -> None:
+    """Refuse what is easily passed in place of a target.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if not isinstance(target, Target):
+        raise InputError(f"target={target!r}: pass a Target that says of what, such as gp.Target(macs=0.5)")
 
 
 def require_groups(coupling: Coupling) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from graphprune.calibrate.batches import Batch, Criterion, Loss, read, require
-from graphprune.calibrate.run import Pass, Sums
+from graphprune.calibrate.run import Pass, Sums, View, tap, view
 from graphprune.calibrate.sites import CONSUMERS, Consumer, batched, consumers, layers, shared
 from graphprune.calibrate.statistics import (
     CHUNK,
@@ -46,6 +46,7 @@ __all__ = [
     "Moments",
     "Ranks",
     "Statistic",
+    "View",
     "batched",
     "calibrate",
     "columns",
@@ -55,6 +56,8 @@ __all__ = [
     "require",
     "shared",
     "summed",
+    "tap",
+    "view",
 ]
 
 Statistic: TypeAlias = Literal["gradients", "products", "activations", "ranks", "means", "moments"]

@@ -37,7 +37,7 @@ def require(batches: object, *, again: bool = False) -> None:
             f"batches={type(batches).__name__} is no iterable of batches; pass a DataLoader or a list, such as [x] or "
             "[(x, y)] for a single batch"
         )
-    if again and iter(batches) is batches:
+    if again and isinstance(batches, Iterator):
         raise InputError("the batches are an iterator, which is used up after one pass; pass a list or a DataLoader")
 
 

@@ -237,8 +237,7 @@ class Pass:
         if not torch.is_grad_enabled() or not x.is_floating_point():
             return x
         held = x.clone() if end.value in self.view.written else x
-        tapped: torch.Tensor = _Tap.apply(held, self.token, self._reading(end))  # type: ignore[no-untyped-call]
-        return tapped
+        return tap(held, self.token, self._reading(end))
 
     def _reading(self, end: End) -> Callable[[torch.Tensor, torch.Tensor], None]:
         def read(x: torch.Tensor, gradient: torch.Tensor) -> None:
@@ -274,6 +273,12 @@ def _require_finite(tensor: torch.Tensor, node: Node) -> None:
     """
     if not _finite(tensor):
         raise _NotFinite(f"what {node} reads is not finite")
+
+
+def tap(x: torch.Tensor, token: torch.Tensor, read: Callable[[torch.Tensor, torch.Tensor], None]) -> torch.Tensor:
+    """`x` itself; a backward pass calls `read` with it and its gradient. It comes by where `token` asks for one."""
+    tapped: torch.Tensor = _Tap.apply(x, token, read)  # type: ignore[no-untyped-call]
+    return tapped
 
 
 class _Tap(torch.autograd.Function):

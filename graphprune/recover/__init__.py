@@ -1,7 +1,8 @@
 """Repair without training: what the removed channels did is put into the weights that are left.
 
 `consumers` repairs each layer from moments of the original, `sequential` one after the other from what the repaired
-layers before it give, `batchnorm` takes statistics anew, `quality` measures.
+layers before it give, `batchnorm` takes statistics anew, `quality` measures. And with training: `finetune`, with a
+teacher if wanted, `Distillation`.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ from graphprune.errors import InputError
 from graphprune.plan import Plan, sliced
 from graphprune.recover.batchnorm import reestimated
 from graphprune.recover.consumers import Change, changed, unfit
+from graphprune.recover.distill import Distillation
+from graphprune.recover.options import Epoch, Tuned
 from graphprune.recover.quality import Quality, qualities
 from graphprune.recover.sequential import merged, refit
+from graphprune.recover.tuning import finetune
 from graphprune.trace import held
 
-__all__ = ["METHODS", "Method", "Quality", "Repair", "repair"]
+__all__ = ["METHODS", "Distillation", "Epoch", "Method", "Quality", "Repair", "Tuned", "finetune", "repair"]
 
 Method: TypeAlias = Literal["none", "bias", "least_squares"]
 METHODS: tuple[Method, ...] = ("none", "bias", "least_squares")
