@@ -55,8 +55,11 @@ class Store:
             return
         self.known = self._read() | self.known
         text = json.dumps({"format": FORMAT, **self.identity, "seconds": self.known}, indent=0)
-        write_whole(self.path, lambda file: file.write(text.encode()))
-        self.measured = 0
+        try:
+            write_whole(self.path, lambda file: file.write(text.encode()))
+            self.measured = 0
+        except OSError as error:  # the times are known, and what they are for goes on
+            warnings.warn(f"what was measured could not be kept in {self.path}: {error}", stacklevel=2)
 
     def _read(self) -> dict[str, float]:
         """What the file holds; of one that is damaged or not for this device, nothing, with a warning."""

@@ -285,6 +285,16 @@ def test_two_processes_keep_what_either_measured(tmp_path):
     assert Store(even, path, known).known == {"a": 1.0, "b": 1.0}
 
 
+def test_a_folder_that_goes_away_costs_what_it_would_have_kept_and_no_more(tmp_path):
+    known = identity(torch.device("cpu"))
+    store = Store(even, file_of(tmp_path / "folder", known), known)
+    store.known["a"], store.measured = 1.0, 1
+    (tmp_path / "folder").rmdir()
+    with pytest.warns(UserWarning, match="could not be kept"):
+        store.write()
+    assert store.known == {"a": 1.0}
+
+
 def test_the_file_depends_on_threads_and_is_in_the_users_folder_for_caches(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     known = identity(torch.device("cpu"))
