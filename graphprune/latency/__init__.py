@@ -22,8 +22,9 @@ from tqdm.auto import tqdm
 
 from graphprune.cost import Costs
 from graphprune.cost.polynomial import symbolic
+from graphprune.couple import exported
 from graphprune.coupling import Coupling
-from graphprune.errors import InputError
+from graphprune.errors import InputError, TraceError
 from graphprune.latency.calls import Measure, OpCall, Operand
 from graphprune.latency.clock import Stopwatch, medians
 from graphprune.latency.observe import Observed, observe
@@ -99,7 +100,7 @@ class Latency:
         device = self._device(model)
         store = self._store(device)
         model, inputs = _moved(model, Inputs.of(example_inputs), device)
-        observed = observe(model, inputs, coupling.program, device, timed=self.measure is None)
+        observed, coupling = self._observed(model, inputs, coupling, device)
         every = terms(coupling, observed.calls)
         first: dict[str, Term] = {}
         for term in every:
@@ -114,6 +115,22 @@ class Latency:
         widths = {term.node for term in every}
         constant = sum(store(call) for node, call in observed.calls.items() if node not in widths)
         return Prediction(_merged(_parts(known), coupling), constant, coupling.axes, coupling.atoms)
+
+    def _observed(
+        self, model: nn.Module, inputs: Inputs, coupling: Coupling, device: torch.device
+    ) -> tuple[Observed, Coupling]:
+        """A run, and the coupling of the program that was run: exported, where the model's code runs as no record says.
+
+        Raises:
+            CalibrationError, TraceError: it does not run as it was exported either.
+        """
+        timed = self.measure is None
+        try:
+            return observe(model, inputs, coupling.program, device, timed=timed), coupling
+        except TraceError:
+            again = exported(coupling, model, inputs)
+            again = replace(again, atoms={name: again.atoms[name] for name in coupling.atoms})
+            return observe(model, inputs, again.program, device, timed=timed), again
 
     def compare(self, model: nn.Module, small: nn.Module, example_inputs: Any) -> tuple[float, float] | None:
         """Nanoseconds that two models take, measured in turn; None where calls are not timed on this device."""

@@ -178,6 +178,28 @@ def test_prune_iteratively_meets_a_latency_of_the_original():
     assert len({report.costs["latency"].before for report in result.reports}) == 1
 
 
+class Otherwise(nn.Module):
+    """Runs another op without values than with them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 64), nn.Linear(64, 7)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.second(x.tanh() if x.is_meta else x.relu())
+
+
+def test_a_model_that_does_not_run_as_it_was_recorded_is_exported():
+    model, x = Otherwise().eval(), torch.rand(3, 5)
+    ops = set()
+    coupling, cost = predicted(model, x, lambda call: ops.add(call.op._schema.name) or even(call))
+    assert any(node.op == "tanh" for node in coupling.program.nodes)
+    assert ops == {"aten::linear", "aten::relu"}
+    assert list(cost.atoms) == [group.name for group in coupling.groups]
+    assert cost.at({"first": 32}) < cost.at({})
+
+
 def test_less_time_means_fewer_measurements():
     model, x = CifarResNet(2).eval(), torch.rand(1, 3, 32, 32)
     counts = []
