@@ -47,12 +47,10 @@ class Variable:
     Attributes:
         products: axes whose widths multiply; the products are added.
         size: its value in the original.
-        blocks: whether it is the size of whole dims, so that kernels may work on it in blocks.
     """
 
     products: Sequence[Sequence[Axis]]
     size: int
-    blocks: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +69,8 @@ class Table:
     seconds: Vector
 
 
+FEWEST = 4
+"""Channels in the smallest block that can be told from none."""
 MIDDLE = 8
 """Blocks up to which a step shows above the noise."""
 
@@ -114,23 +114,24 @@ def build_along(points: Sequence[tuple[float, float]]) -> Table:
 
 
 def steps_of(seconds: Seconds, variables: Sequence[Variable], step: int) -> list[int]:
-    """Per variable, the block in which times rise: `step`, or 1 where they rise evenly.
+    """Per variable, the block in which times rise: `step`, less where it has no more; or 1 where they rise evenly.
 
     One channel more than some blocks is measured against those and the next: does it take what the next does?
     """
     found = []
     for d, variable in enumerate(variables):
-        if not variable.blocks or variable.size <= step:
+        each = step if variable.size > step else 2 ** int(np.log2(variable.size // 2))
+        if each < FEWEST:
             found.append(1)
             continue
         point = [v.size for v in variables]
         times = []
-        blocks = min(MIDDLE, max(2, variable.size // (2 * step))) * step
-        for value in (blocks - step, blocks - step + 1, blocks):
+        blocks = min(MIDDLE, max(2, variable.size // (2 * each))) * each
+        for value in (blocks - each, blocks - each + 1, blocks):
             point[d] = value
             times.append(seconds(point))
         one, more, two = times
-        found.append(step if more - one > (two - one) / 2 else 1)
+        found.append(each if more - one > (two - one) / 2 else 1)
     return found
 
 

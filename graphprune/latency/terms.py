@@ -57,7 +57,7 @@ class Term:
     @property
     def key(self) -> str:
         """The same for calls that take the same time at all values of their variables."""
-        sizes = [(v.size, v.blocks) for v in self.variables]
+        sizes = [v.size for v in self.variables]
         ends = [(value, call.key) for value, call in map(self.along, (0.25, 0.5))]
         return f"{self.call.key} {sizes} {sorted(self.places.items(), key=repr)} {ends}"
 
@@ -137,9 +137,8 @@ class _Reader:
             constant = shared.pop() if alone and len(shared) == 1 else 1
             if constant > 1:
                 constants |= dict.fromkeys(where, 1)
-            blocks = alone and all(constants[place] == 1 for place in where)
             size = constant * math.prod(part.size for part in parts)
-            variables.append(Variable(((Atom(constant), *parts),), size, blocks))
+            variables.append(Variable(((Atom(constant), *parts),), size))
         return tuple(variables), {place: (constants[place], tuple(members[place])) for place in axes}
 
 

@@ -14,7 +14,7 @@ from graphprune.allocate import METHODS
 from graphprune.cost import COSTS, widths
 from graphprune.latency import Latency, clock
 from graphprune.latency.store import Store, file_of, identity
-from graphprune.latency.table import block
+from graphprune.latency.table import LEVELS, Variable, block, build, steps_of
 from tests.nets import Attention, CifarResNet, DenseBlock, UNet
 
 BLOCK = block(torch.device("cpu"))
@@ -125,6 +125,19 @@ def test_a_block_that_is_not_full_may_take_longer_than_one_that_is():
     _, cost = predicted(mlp(5, 4 * BLOCK, 5), torch.rand(3, 5), slower)
     full, unfilled = cost.of(np.array([2.0 * BLOCK])), cost.of(np.array([2.0 * BLOCK - 1]))
     assert full < unfilled <= 1.5 * full
+
+
+def test_blocks_within_groups_of_channels_are_found_and_even_times_are_not_taken_for_steps():
+    def seconds(point):
+        groups, channels = point
+        return 1e-3 * groups * -(-channels // 8)
+
+    variables = [Variable((), 8), Variable((), 16)]
+    assert steps_of(seconds, variables, 16) == [1, 8]
+    assert steps_of(lambda point: 1e-3 * point[0] * point[1], variables, 16) == [1, 1]
+    assert steps_of(seconds, [Variable((), 8), Variable((), 7)], 16) == [1, 1]  # too few to tell
+    found = build(seconds, (8, 16), (1, 8), LEVELS[0])
+    assert found.knots[1].tolist() == [8, 16]
 
 
 def test_widths_that_save_no_time_are_passed_over():
