@@ -14,10 +14,6 @@ what is compared, in the same loop: the median of the ratios of `--rounds` round
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import results_file
 import shim
 import torch
 from torch import nn
@@ -41,6 +38,7 @@ shim.install()
 
 Record = dict[str, Any]
 MODELS = ("resnet50", "mobilenet_v2", "vit_small_patch16_224")
+PACKAGES = ("torch", "torchvision", "timm", "numpy")
 MULTIPLES = (1, 8, 16, 32)
 CLOCKS = {"wall": time.perf_counter, "thread": time.thread_time}
 CPU = torch.device("cpu")
@@ -195,8 +193,9 @@ def table(results: Mapping[str, Any]) -> str:
     lines = [
         "# Latency: predicted and measured",
         "",
-        f"By `benchmarks/latency.py`, {about['date']}: torch {about['torch']}, {about['device']}, {about['threads']} "
-        f"thread, {about['clock']} clock, one image of {about['size']} x {about['size']}, random weights. Times are "
+        f"By `benchmarks/latency.py`, {about['date']}: torch {about['versions']['torch']}, {about['device']}, "
+        f"{about['threads']} thread, {about['clock']} clock, "
+        f"one image of {about['size']} x {about['size']}, random weights. Times are "
         f"relative to the original, which ran in the same rounds; medians of {about['rounds']} rounds.",
     ]
     if found := results.get("plans"):
@@ -250,16 +249,8 @@ def table(results: Mapping[str, Any]) -> str:
 
 def environment(args: argparse.Namespace) -> Record:
     """What the figures hold for."""
-    known = identity(CPU)
-    return {
-        "date": datetime.date.today().isoformat(),
-        "python": platform.python_version(),
-        **known,
-        "clock": args.clock,
-        "size": args.size,
-        "rounds": args.rounds,
-        "seconds": args.seconds,
-    }
+    asked = {name: getattr(args, name) for name in ("clock", "size", "rounds", "seconds")}
+    return results_file.environment(args, PACKAGES) | {"device": identity(CPU)["device"]} | asked
 
 
 def arguments() -> argparse.Namespace:
@@ -276,23 +267,22 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cache", help="folder of tables; without, they are measured anew in every run")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--resume", action="store_true", help="keep what is there, and add what is not")
-    parser.set_defaults(measure=None)
+    parser.set_defaults(measure=None, threads=1)
     return parser.parse_args()
 
 
 def main() -> None:
     """Run what is asked for; results are written after every row."""
     args = arguments()
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "latency.json"
-    results: Record = json.loads(path.read_text()) if args.resume and path.exists() else {}
+    file = results_file.Results(path, fresh=not args.resume)
+    results = file.data
     results["environment"] = environment(args)
 
     def write() -> None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".part")
-        partial.write_text(json.dumps(results, indent=1) + "\n")
-        os.replace(partial, path)
+        file.write()
         path.with_suffix(".md").write_text(table(results))
 
     held: dict[str, Subject] = {}

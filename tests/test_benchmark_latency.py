@@ -56,4 +56,12 @@ def test_the_mac_target_found_takes_as_long_as_the_latency_target(subject, monke
     assert latency.agreement(same)["rank_correlation"] == pytest.approx(1.0)
 
 
-ENVIRONMENT = {"date": "", "torch": "", "device": "", "threads": 1, "clock": "wall", "size": 16, "rounds": 1}
+ENVIRONMENT = {
+    "date": "",
+    "versions": {"torch": ""},
+    "device": "",
+    "threads": 1,
+    "clock": "wall",
+    "size": 16,
+    "rounds": 1,
+}

@@ -89,7 +89,8 @@ class _Reader:
         axes = {p: a for p, a in self._axes(node) if isinstance(self.expression(a), tuple)}
         if not axes:
             return None
-        products: Sequence[Sequence[Axis]] = self.coupling.applied[node.name].macs
+        macs = self.coupling.applied[node.name].macs
+        products: Sequence[Sequence[Axis]] = [(*made, *summed) for made, summed in macs]
         variables, places = self._grid(axes)
         if not products or not 1 <= len(variables) <= MOST_VARIABLES:
             variables, places = (), {}
