@@ -21,6 +21,7 @@ from graphprune.errors import (
     VerificationError,
 )
 from graphprune.iterative import Iterated, Step, prune_iteratively
+from graphprune.latency import Latency
 from graphprune.migrate import migrate
 from graphprune.plan import Plan
 from graphprune.program import Program
@@ -46,6 +47,7 @@ __all__ = [
     "InputError",
     "Inputs",
     "Iterated",
+    "Latency",
     "Plan",
     "PlanError",
     "Program",

@@ -13,10 +13,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from graphprune.allocate import Method as Allocation
 from graphprune.allocate import Target, allocate
 from graphprune.calibrate import Calibration, Loss, require
+from graphprune.cost import Costs
 from graphprune.couple import couple
 from graphprune.coupling import Coupling
 from graphprune.errors import InputError, PlanError, VerificationError
 from graphprune.importance import Importance, Magnitude
+from graphprune.latency import Latency, Predictor
 from graphprune.plan import Plan
 from graphprune.recover import Method, Repair
 from graphprune.recover import repair as repair_weights
@@ -53,6 +55,7 @@ def prune(
     target: Target,
     importance: Importance = Magnitude(),  # noqa: B008 - frozen
     allocation: Allocation = "uniform",
+    latency: Predictor = Latency(),  # noqa: B008 - frozen
     norms: Literal["pin", "prune"] = "pin",
     emit: Emit = "auto",
     verify: bool = True,
@@ -68,11 +71,13 @@ def prune(
     Args:
         model: any module; it is not modified.
         example_inputs: a tensor, a tuple of positional arguments, a dict of keyword arguments, or an `Inputs`.
-        target: what fraction to keep, of the channels, the multiply-adds, the parameters or the memory, and limits.
+        target: what fraction to keep, of the channels, the multiply-adds, the parameters, the memory or the time, and
+            limits.
         importance: ranks the channels of each group.
         allocation: how the target is shared out over the groups: "uniform", "global", "isomorphic", "greedy" or
             "knapsack", see `graphprune.allocate`; all but the first need an importance whose scores compare between
             groups, "isomorphic" between groups of one structure.
+        latency: how time is measured, for a target that has one.
         norms: "pin" removes only what is exact; "prune" also removes channels that a normalisation takes statistics
             over (transformer width), which changes what the kept channels see.
         emit: "module" for the same class, "graft" for the same class with the forward of some modules from the trace,
@@ -102,12 +107,13 @@ def prune(
           (2): Linear(in_features=4, out_features=5, bias=True)
         )
     """
-    check(target, importance)
+    check(target, importance, latency)
     data = repair_data(importance, batches, loss) if repair != "none" or batchnorm else None
     inputs = Inputs.of(example_inputs)
     coupling = couple(trace(model, inputs), norms=norms, on_unknown=on_unknown, keep_names=keep_names)
     require_groups(coupling)
-    plan = allocate(importance(model, coupling), target, coupling, method=allocation)
+    predicted = prediction(latency, target, model, inputs, coupling)
+    plan = allocate(importance(model, coupling), target, coupling, method=allocation, latency=predicted)
     rewritten, verification, repaired = carry_out(
         model,
         inputs,
@@ -120,7 +126,9 @@ def prune(
         batchnorm=batchnorm,
         data=data,
     )
-    reported = report(coupling, plan, target, rewritten, verification, repaired)
+    times = compared(latency, target, model, rewritten.model, inputs)
+    found = rewritten, verification, repaired
+    reported = report(coupling, plan, target, *found, latency=predicted, measured=times)
     return Result(rewritten.model, plan, coupling, reported, names_of(model))
 
 
@@ -174,8 +182,24 @@ def repair_data(
     return batches, getattr(importance, "loss", None) if loss is None else loss
 
 
-def check(target: object, importance: object) -> None:
-    """Refuse what is easily passed in place of a target or an importance.
+def prediction(
+    latency: Predictor, target: Target, model: nn.Module, inputs: Inputs, coupling: Coupling
+) -> Costs | None:
+    """The time of the model at any widths; None where the target has no latency."""
+    return None if target.latency is None else latency(model, inputs, coupling)
+
+
+def compared(
+    latency: Predictor, target: Target, model: nn.Module, small: nn.Module, inputs: Inputs
+) -> tuple[float, float] | None:
+    """Nanoseconds that two models take; None where the target has no latency, or other times than this device's."""
+    if target.latency is None or not isinstance(latency, Latency):
+        return None
+    return latency.compare(model, small, inputs)
+
+
+def check(target: object, importance: object, latency: object) -> None:
+    """Refuse what is easily passed in place of a target, an importance or a way to measure time.
 
     Raises:
         InputError: they are something else.
@@ -184,6 +208,11 @@ def check(target: object, importance: object) -> None:
     if isinstance(importance, type) or not callable(importance):
         name = getattr(importance, "__name__", repr(importance))
         raise InputError(f"importance={name}: pass an instance, such as gp.importance.Magnitude()")
+    if isinstance(latency, type) or not callable(latency):
+        raise InputError(
+            f"latency={latency!r}: this is how time is measured, such as gp.Latency(seconds=20); how much of it is "
+            "kept goes into the target, as gp.Target(latency=0.7)"
+        )
 
 
 def check_target(target: object) -> None:

@@ -13,6 +13,7 @@ import torch
 from graphprune.allocate.methods import METHODS, Method
 from graphprune.allocate.problem import pose
 from graphprune.allocate.target import Target
+from graphprune.cost import Costs
 from graphprune.coupling import Coupling
 from graphprune.errors import InputError
 from graphprune.importance import Order, Scores, ordered
@@ -21,7 +22,9 @@ from graphprune.plan import Plan
 __all__ = ["METHODS", "Method", "Target", "allocate"]
 
 
-def allocate(scores: Scores, target: Target, coupling: Coupling, *, method: Method = "uniform") -> Plan:
+def allocate(
+    scores: Scores, target: Target, coupling: Coupling, *, method: Method = "uniform", latency: Costs | None = None
+) -> Plan:
     """Choose how many channels each group keeps, and which: those that its scores or its order hold best.
 
     What a plan loses is the sum, over the groups, of the scores of what goes, or of what their orders say.
@@ -36,16 +39,17 @@ def allocate(scores: Scores, target: Target, coupling: Coupling, *, method: Meth
             of groups of one structure, and keeps the same fraction of every class, so that scores must compare inside
             classes only; "greedy" takes, step by step, what loses least for what it frees; "knapsack" searches for the
             widths at which least is lost.
+        latency: the time at any widths, as a `Latency` predicts it; may be left out where the target has none.
     Raises:
         TargetError: a budget lies below what the limits leave; the message gives that value.
         UnknownName: scores for a group, or a pattern of the target, that is not there.
-        InputError: an unknown method; scores that are not one number per channel, an order of another size, or one that
-            does not give as many positions as it is asked for.
+        InputError: an unknown method; a latency without a prediction; scores that are not one number per channel, an
+            order of another size, or one that does not give as many positions as it is asked for.
     """
     if method not in METHODS:
         raise InputError(f"method={method!r}: it is one of {', '.join(METHODS)}")
     orders = {name: _order(name, score, coupling.group(name).size) for name, score in scores.items()}
-    problem = pose(orders, target, coupling, each=method == "uniform")
+    problem = pose(orders, target, coupling, each=method == "uniform", latency=latency)
     widths = problem.widths(METHODS[method](problem))
     chosen = {g.name: int(w) for g, w in zip(coupling.groups, widths, strict=True) if w < g.size}
     return Plan.of(coupling, {name: _kept(name, orders[name], width) for name, width in chosen.items()})

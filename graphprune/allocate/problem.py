@@ -14,10 +14,10 @@ import numpy.typing as npt
 
 from graphprune.allocate.classes import structures
 from graphprune.allocate.target import Target
-from graphprune.cost import COSTS, Cost
+from graphprune.cost import COSTS, Costs
 from graphprune.cost.polynomial import Vector
 from graphprune.coupling import Coupling
-from graphprune.errors import TargetError, UnknownName, nearest
+from graphprune.errors import InputError, TargetError, UnknownName, nearest
 from graphprune.importance import Order
 
 Widths = npt.NDArray[np.intp]
@@ -58,7 +58,7 @@ class Problem:
     """
 
     units: tuple[Unit, ...]
-    costs: tuple[Cost, ...]
+    costs: tuple[Costs, ...]
     limits: Vector
     whole: Vector
     coupling: Coupling
@@ -132,7 +132,9 @@ class Problem:
         return float(self.losses(choice).sum())
 
 
-def pose(orders: Mapping[str, Order], target: Target, coupling: Coupling, *, each: bool) -> Problem:
+def pose(
+    orders: Mapping[str, Order], target: Target, coupling: Coupling, *, each: bool, latency: Costs | None = None
+) -> Problem:
     """The problem of a target.
 
     Args:
@@ -140,14 +142,16 @@ def pose(orders: Mapping[str, Order], target: Target, coupling: Coupling, *, eac
         target: budgets and limits.
         coupling: whose groups are meant.
         each: whether a fraction of the channels is one of every group, or of all of them together.
+        latency: the predicted time; may be left out where the target has none.
     Raises:
+        InputError: the target has a latency, and there is no prediction.
         UnknownName: a pattern of the target matches no group.
         TargetError: tied groups differ in size, or the least that the limits allow exceeds a budget.
     """
-    units = _units(orders, target, coupling, each=each)
     whole = np.array([g.size for g in coupling.groups], dtype=float)
     budgets = {name: share for name, share in target.budgets.items() if not (each and name == "channels")}
-    costs = {name: COSTS[name](coupling) for name in budgets}
+    costs = _costs(budgets, coupling, latency)
+    units = tuple(_worthwhile(u, costs.values()) for u in _units(orders, target, coupling, each=each))
     most = np.array([budgets[name] * costs[name].of(whole) for name in budgets])
     problem = Problem(units, tuple(costs.values()), most, whole, coupling)
     if unreachable := _unreachable(problem, budgets):
@@ -178,6 +182,29 @@ def _units(orders: Mapping[str, Order], target: Target, coupling: Coupling, *, e
         lost = np.sum([orders[name].lost.numpy()[widths] for name in members], axis=0)
         units.append(Unit(tuple(places[name] for name in members), widths, lost, size))
     return tuple(units)
+
+
+def _worthwhile(unit: Unit, costs: Iterable[Costs]) -> Unit:
+    """The unit without the widths that cost as much as larger ones."""
+    for cost in costs:
+        chosen = cost.worthwhile(unit.groups, unit.widths.astype(float))
+        unit = replace(unit, widths=unit.widths[chosen], lost=unit.lost[chosen])
+    return unit
+
+
+def _costs(budgets: Iterable[str], coupling: Coupling, latency: Costs | None) -> dict[str, Costs]:
+    """What each budget is spent on.
+
+    Raises:
+        InputError: one is a latency, and there is no prediction.
+    """
+    if "latency" not in budgets:
+        return {name: COSTS[name](coupling) for name in budgets}
+    if latency is None:
+        raise InputError(
+            "Target(latency=...) needs a prediction: pass allocate(..., latency=gp.Latency()(model, inputs, coupling))"
+        )
+    return {name: latency if name == "latency" else COSTS[name](coupling) for name in budgets}
 
 
 def allowed(size: int, target: Target, fraction: float = 1.0) -> Widths:

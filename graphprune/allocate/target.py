@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from graphprune.errors import TargetError
 
-BUDGETS = ("channels", "macs", "params", "memory")
+BUDGETS = ("channels", "macs", "params", "memory", "latency")
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Target:
         macs: of the multiply-adds at the example inputs.
         params: of the parameters.
         memory: of the bytes that a run at the example inputs holds at most, weights and activations.
+        latency: of the time that a run at the example inputs takes, as predicted from measurements.
         multiple_of: widths are whole multiples of this, or stay as they are.
         floor: the least that a group keeps: a number of channels if it is an int, a fraction if it is a float.
         max_removed: the most of a group that goes, a fraction; where there is a `floor` too, both hold.
@@ -37,6 +38,7 @@ class Target:
     macs: float | None = None
     params: float | None = None
     memory: float | None = None
+    latency: float | None = None
     multiple_of: int = 1
     floor: int | float = 1
     max_removed: float = 1.0

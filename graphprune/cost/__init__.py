@@ -14,9 +14,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, Protocol, TypeAlias, get_args
 
 import numpy as np
+import numpy.typing as npt
 
 from graphprune.axes import Atom, Axes, Axis
 from graphprune.cost.memory import lives
@@ -27,6 +28,26 @@ from graphprune.plan import Plan
 
 Products = Sequence[Sequence[Axis]]
 Convention: TypeAlias = Literal["left", "outputs"]
+
+
+class Costs(Protocol):
+    """What a budget is spent on, as allocation needs it."""
+
+    @property
+    def name(self) -> str:
+        """What it counts."""
+
+    def of(self, widths: Vector, /) -> float:
+        """The cost at a vector of the widths of all groups, in order."""
+
+    def gradient(self, widths: Vector, /) -> Vector:
+        """What one channel of each group costs at these widths, shape (groups,)."""
+
+    def at(self, widths: Mapping[str, int], /) -> int:
+        """The cost when each group has the width given; a missing group keeps its size."""
+
+    def worthwhile(self, groups: Sequence[int], widths: Vector, /) -> npt.NDArray[np.bool_]:
+        """Which widths of some groups, together and ascending, are worth choosing: larger ones cost more."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,11 +84,15 @@ class Cost:
 
     def gradient(self, widths: Vector) -> Vector:
         """What one channel of each group costs at these widths, shape (groups,)."""
-        taken = np.ones(len(self.sums), dtype=bool)
+        taken = np.ones(len(self.sums))
         if self.spans is not None:
             peak = int(self._over_time(self.polynomial.at(widths)).argmax())
-            taken = np.array([first <= peak <= end for first, end in self.spans])
+            taken = np.array([float(first <= peak <= end) for first, end in self.spans])
         return self.polynomial.gradient(widths, taken)
+
+    def worthwhile(self, groups: Sequence[int], widths: Vector) -> npt.NDArray[np.bool_]:
+        """Which widths of some groups are worth choosing: all, as one channel more never costs less."""
+        return np.ones(len(widths), dtype=bool)
 
     def _over_time(self, sums: Vector) -> Vector:
         first, last = np.array(self.spans, dtype=np.intp).T

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,11 +66,12 @@ class Polynomial:
         products = self.constant * self._factors(widths)[self.factor].prod(1)
         return np.bincount(self.of_sum, products, self.count).astype(float)
 
-    def gradient(self, widths: Vector, taken: npt.NDArray[np.bool_]) -> Vector:
-        """The derivatives of the sum of those that are `taken` by every width, shape (variables,)."""
+    def gradient(self, widths: Vector, weights: Vector) -> Vector:
+        """The derivatives of their sum, each times its weight, by every width, shape (variables,)."""
         values = self._factors(widths)
-        rows = taken[self.of_sum]
-        parts = self.constant[rows][:, None] * _others(values[self.factor[rows]])
+        rows = weights[self.of_sum] != 0
+        scaled = self.constant[rows] * weights[self.of_sum[rows]]
+        parts = scaled[:, None] * _others(values[self.factor[rows]])
         by_factor = np.bincount(self.factor[rows].ravel(), parts.ravel(), self.factors + 1)
         held = np.append(widths, 1.0)[self.variable]
         parts = (by_factor[self.of_factor] * self.weight)[:, None] * _others(held)
@@ -79,6 +80,18 @@ class Polynomial:
     def _factors(self, widths: Vector) -> Vector:
         monomials = self.weight * np.append(widths, 1.0)[self.variable].prod(1)
         return np.append(np.bincount(self.of_factor, monomials, self.factors), 1.0)
+
+
+def symbolic(axes: Axes, atoms: Sequence[Atom]) -> Callable[[Axis], Any]:
+    """What the width of an axis is in those of the atoms: an int if it is constant, else a tuple that compares."""
+    symbols: dict[Atom, Any] = {atom: _Sum({(i,): 1}) for i, atom in enumerate(atoms)}
+    memo: dict[Axis, Any] = {}
+
+    def expression(axis: Axis) -> Any:
+        width = axes.width(axis, symbols, memo)
+        return width.key if isinstance(width, _Sum) else width
+
+    return expression
 
 
 def _others(values: Vector) -> Vector:

@@ -24,9 +24,19 @@ from graphprune.importance import Importance, Magnitude
 from graphprune.iterative.lineage import Lineage
 from graphprune.iterative.schedule import Schedule, targets
 from graphprune.iterative.store import Store
+from graphprune.latency import Latency, Predictor
 from graphprune.migrate import Unfit, migrate
 from graphprune.plan import Plan
-from graphprune.pruning import Result, carry_out, check, names_of, repair_data, require_groups
+from graphprune.pruning import (
+    Result,
+    carry_out,
+    check,
+    compared,
+    names_of,
+    prediction,
+    repair_data,
+    require_groups,
+)
 from graphprune.recover import Method
 from graphprune.report import Report, report
 from graphprune.rewrite import Emit
@@ -87,6 +97,7 @@ def prune_iteratively(
     schedule: Schedule = "linear",
     importance: Importance = Magnitude(),  # noqa: B008 - frozen
     allocation: Allocation = "uniform",
+    latency: Predictor = Latency(),  # noqa: B008 - frozen
     train: Callable[[Step], object] = lambda step: None,
     optimizer: Optimizer | None = None,
     unfit: Unfit = "error",
@@ -108,7 +119,7 @@ def prune_iteratively(
     group before a step and are none after it, which ops that tell sizes apart can bring about, stay from there on.
 
     Args:
-        model, example_inputs, importance, allocation: as for `prune`.
+        model, example_inputs, importance, allocation, latency: as for `prune`; time is measured once, of the original.
         target: what is reached in the end, in fractions of the original.
         steps: how many there are.
         schedule: "linear" removes the same amount in each step, "exponential" the same fraction of what is left; a
@@ -132,11 +143,10 @@ def prune_iteratively(
         >>> [report.costs["channels"].after for report in result.reports]
         [6, 4]
     """
-    check(target, importance)
+    check(target, importance, latency)
     aims = targets(target, steps, schedule)
     data = repair_data(importance, batches, loss) if repair != "none" or batchnorm else None
     couples = partial(couple, norms=norms, on_unknown=on_unknown, keep_names=tuple(keep_names))
-    allocates = partial(allocate, method=allocation)
     carry = partial(carry_out, importance=importance, emit=emit, verify=verify)
     described = {"model": type(model).__name__, "weights": fingerprint(held(model)), "steps": steps}
     options = {"targets": [asdict(aim) for aim in aims], "allocation": allocation, "emit": emit, **couples.keywords}
@@ -144,6 +154,8 @@ def prune_iteratively(
     inputs, names, before = Inputs.of(example_inputs), names_of(model), model
     coupling = couples(trace(model, inputs))
     require_groups(coupling)
+    predicted = prediction(latency, target, model, inputs, coupling)
+    allocates = partial(allocate, method=allocation, latency=predicted)
     lineage = Lineage(coupling, Plan.of(coupling, {}))
     plans: list[Plan] = []
     reports: list[Report] = []
@@ -163,7 +175,9 @@ def prune_iteratively(
         lineage = lineage.after(plan, coupling)
         ways: Any = {} if saved else {"repair": repair, "batchnorm": batchnorm, "data": data}
         carried = carry(before, inputs, coupling, plan, **ways)
-        small, reported = carried[0].model, report(lineage.coupling, lineage.plan, aim, *carried)
+        small = carried[0].model
+        times = compared(latency, target, model, small, inputs)
+        reported = report(lineage.coupling, lineage.plan, aim, *carried, latency=predicted, measured=times)
         result = Result(small, plan, coupling, reported, names_of(before))
         optimizer = None if optimizer is None else migrate(optimizer, result, unfit=unfit)
         if saved:

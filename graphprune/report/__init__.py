@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from graphprune.allocate import Target
-from graphprune.cost import COSTS, widths
+from graphprune.cost import COSTS, Costs, widths
 from graphprune.coupling import Coupling, PinnedAxis, Unknown
 from graphprune.plan import Plan
 from graphprune.program import Program
@@ -39,6 +39,13 @@ class Change:
         """Fraction kept; 1 for a cost of nothing."""
         return self.after / self.before if self.before else 1.0
 
+    def __str__(self) -> str:
+        return f"{self.before:>15,} -> {self.after:>15,}  ({self.kept:.3f} kept)"
+
+    def timed(self, how: str) -> str:
+        """Of nanoseconds, the same in milliseconds."""
+        return f"{self.before / 1e6:>15,.3f} -> {self.after / 1e6:>15,.3f}  ({self.kept:.3f} kept, ms {how})"
+
 
 @dataclass(frozen=True)
 class Report:
@@ -47,7 +54,8 @@ class Report:
     Attributes:
         model_class: name of the pruned class.
         requested: the target.
-        costs: macs, params and channels, before and after; MACs at the example inputs.
+        costs: macs, params and channels, before and after; MACs at the example inputs. With a latency in the target
+            also that, in nanoseconds, as predicted.
         groups: width of every group before and after.
         pinned: parts of parameters that stayed whole, with the cause.
         unknown: ops without a rule.
@@ -58,6 +66,8 @@ class Report:
         grafts: paths of the modules whose forward comes from the trace.
         verification: what the comparison with the zeroed original found before any repair; None if switched off.
         repair: what repair did and was worth; None if none was asked for.
+        measured: nanoseconds that the original and the smaller model took, measured in turn; None without a latency
+            in the target, and where times are not this device's.
     """
 
     model_class: str
@@ -73,13 +83,16 @@ class Report:
     grafts: tuple[str, ...]
     verification: Verification | None
     repair: Repair | None = None
+    measured: Change | None = None
 
     def __str__(self) -> str:
         """A summary of one screen; `table()` has every group."""
         asked = self.requested
         lines = [f"graphprune: {self.model_class}, requested {asked}"]
         for name, change in self.costs.items():
-            lines.append(f"  {name:<9} {change.before:>15,} -> {change.after:>15,}  ({change.kept:.3f} kept)")
+            lines.append(f"  {name:<9} " + (change.timed("predicted") if name == "latency" else str(change)))
+        if self.measured is not None:
+            lines.append(f"  {'':<9} {self.measured.timed('measured')}")
         smaller = sum(w.after < w.before for w in self.groups)
         kinds = Counter(w.exactness for w in self.groups)
         classes = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
@@ -163,13 +176,16 @@ def report(
     rewritten: Rewritten,
     verification: Verification | None,
     repair: Repair | None = None,
+    *,
+    latency: Costs | None = None,
+    measured: tuple[float, float] | None = None,
 ) -> Report:
     """Put together what the steps found."""
     kept = widths(plan)
-    costs = {}
-    for name, model in COSTS.items():
-        cost = model(coupling)
-        costs[name] = Change(cost.at({}), cost.at(kept))
+    models = [model(coupling) for model in COSTS.values()]
+    costs = {cost.name: Change(cost.at({}), cost.at(kept)) for cost in models}
+    if latency is not None:
+        costs["latency"] = Change(latency.at({}), latency.at(kept))
     return Report(
         model_class=coupling.program.model_class,
         requested=target,
@@ -184,4 +200,5 @@ def report(
         grafts=rewritten.grafts,
         verification=verification,
         repair=repair,
+        measured=None if measured is None else Change(round(measured[0]), round(measured[1])),
     )
