@@ -19,11 +19,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
-import importlib.metadata
-import json
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +28,9 @@ from typing import Any
 
 import cifar10_peer
 import cifar10_table
+import results_file
 import torch
+from results_file import Record, Results
 from torch import nn
 
 import graphprune as gp
@@ -45,7 +42,6 @@ from cifar_training import Augmented, Data, Split, load
 from zoo_cifar import macs, weights
 
 RESULTS = Path(__file__).parent / "results"
-Record = dict[str, Any]
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 SLIMMING = "Gamma after slimming"
 
@@ -208,23 +204,10 @@ def is_done(cell: Record, done: Sequence[Record]) -> bool:
     return any(all(other.get(name) == value for name, value in cell.items()) for other in done)
 
 
-def environment() -> Record:
+def environment(options: argparse.Namespace) -> Record:
     """What the numbers depend on, without naming the machine."""
-    packages = ("torch", "torch-pruning", "numpy")
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-        "versions": {"graphprune": gp.__version__} | {name: importlib.metadata.version(name) for name in packages},
-    }
-
-
-def write(file: Path, content: Record) -> None:
-    """In one step, so that a stop leaves the file whole."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, file)
+    device = torch.cuda.get_device_name() if options.device.startswith("cuda") else options.device
+    return results_file.environment(options, ("torch", "torch-pruning", "numpy")) | {"device": device}
 
 
 def moved(data: Data, device: str) -> Data:
@@ -232,24 +215,23 @@ def moved(data: Data, device: str) -> Data:
     return Data(*(Split(s.images.to(device), s.labels.to(device)) for s in (data.train, data.validation, data.test)))
 
 
-def run(options: argparse.Namespace, file: Path) -> Record:
+def run(options: argparse.Namespace, results: Results) -> None:
     """Measure what is missing; the file is written after every cell."""
-    results: Record = json.loads(file.read_text()) if file.exists() else {"cells": [], "original": {}}
-    results["environment"] = environment()
+    done: list[Record] = results.data.setdefault("cells", [])
+    originals: Record = results.data.setdefault("original", {})
+    results.data["environment"] = environment(options)
     data = moved(load(options.data, options.images), options.device)
     for path in options.weights:
         network = load_network(path).to(options.device)
         name = f"resnet{6 * len(network.layer1) + 2}"
-        if name not in results["original"]:
-            results["original"][name] = {"accuracy": data.test.accuracy(network), "macs": macs(network)}
+        if name not in originals:
+            originals[name] = {"accuracy": data.test.accuracy(network), "macs": macs(network)}
         for cell in cells(options, name):
-            if not is_done(cell, results["cells"]):
-                found = Subject(network, data, options, cell["seed"]).measured(cell)
-                results["cells"].append(found)
-                write(file, results)
-                print(cifar10_table.line(found), flush=True)
-    write(file, results)
-    return results
+            if not is_done(cell, done):
+                done.append(Subject(network, data, options, cell["seed"]).measured(cell))
+                results.write()
+                print(cifar10_table.line(done[-1]), flush=True)
+    results.write()
 
 
 def arguments(given: Sequence[str] | None) -> argparse.Namespace:
@@ -283,9 +265,10 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
 def main(given: Sequence[str] | None = None) -> None:
     options = arguments(given)
     torch.set_num_threads(options.threads)
-    file = options.out / "cifar10.json"
-    results = json.loads(file.read_text()) if options.table else run(options, file)
-    file.with_suffix(".md").write_text(cifar10_table.table(results))
+    results = Results(options.out / "cifar10.json", fresh=False)
+    if not options.table:
+        run(options, results)
+    results.file.with_suffix(".md").write_text(cifar10_table.table(results.data))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def table(results: Record) -> str:
         "Accuracy on the test images in percent: mean over seeds, and standard deviation where there are several. The "
         "epoch was chosen on images kept back from training. Channels inside blocks were pruned; the residual stream "
         "stays. Written by `benchmarks/cifar10.py`.",
-        f"{env['device']}, {env['threads']} threads, Python {env['python']}, {versions}; last run {env['date']}.",
+        f"{env['device']}, threads: {env['threads']}; {versions}; last run {env['date']}.",
     ]
     keys = dict.fromkeys((c["network"], json.dumps(c["settings"])) for c in results["cells"])
     for network, settings in keys:
