@@ -129,13 +129,14 @@ def run(job: Job, args: argparse.Namespace, stop: threading.Event) -> Record:
         return record | {"missing": reason}
     if job.about.get("params", 0) >= args.limit_params * 1e6:
         return record | {"too_large": f"{job.about['params'] / 1e6:.0f} M parameters"}
-    seconds = args.limit if job.tool == "graphprune" else args.peer_limit
-    return (record | {"limit_s": seconds}) | supervise(
+    limited = {} if job.tool == "graphprune" else {"steps": ("build", "prune"), "step_seconds": args.peer_limit}
+    return (record | {"limit_s": limited.get("step_seconds", args.limit)}) | supervise(
         zoo_tools.measure,
         (job.section, job.model, job.tool, args.threads),
-        seconds=seconds,
+        seconds=args.limit,
         memory=args.memory * 2**30,
         stop=stop,
+        **limited,
     )
 
 
@@ -183,8 +184,10 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="every architecture of timm, not one of each family")
     parser.add_argument("--resume", action="store_true", help="skip what the results hold for the same versions")
     parser.add_argument("--table", action="store_true", help="run nothing, write the tables from the results")
-    parser.add_argument("--limit", type=float, default=300, help="seconds a model may take")
-    parser.add_argument("--peer-limit", type=float, default=120, help="seconds a model may take in another library")
+    parser.add_argument("--limit", type=float, default=300, help="seconds that one model and tool may take")
+    parser.add_argument(
+        "--peer-limit", type=float, default=120, help="seconds that another library may take for its own steps"
+    )
     parser.add_argument("--memory", type=float, default=10, help="GiB a process may hold")
     parser.add_argument("--limit-params", type=float, default=95, help="millions of parameters, from which timm's are")
     parser.add_argument("--threads", type=int, default=1, help="threads that torch may use")

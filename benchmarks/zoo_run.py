@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ def supervise(
     seconds: float,
     memory: float,
     stop: threading.Event | None = None,
+    steps: Collection[str] = (),
+    step_seconds: float = float("inf"),
 ) -> Record:
     """What `function(*arguments, report)` reports in a fresh process, until it ends or exceeds a limit.
 
@@ -43,12 +45,15 @@ def supervise(
         seconds: wall time it may take.
         memory: bytes of resident memory it may take, where the system says how many it has.
         stop: ends the process early when set.
+        steps, step_seconds: names that the job reports as `at` while it is in some of its steps, one after the other,
+            and the wall time that these may take together.
     Returns:
         What was reported, and `error` if the job did not come to its end.
     """
     here, there = _FORKS.Pipe(duplex=False)
     process = _FORKS.Process(target=_work, args=(there, function, tuple(arguments)), daemon=True)
     start = time.perf_counter()
+    begun: float | None = None
     process.start()
     there.close()
     record: Record = {}
@@ -58,8 +63,14 @@ def supervise(
         _drain(here, record)
         if not alive or record.get("done"):
             break
+        if record.get("at") not in steps:
+            begun = None
+        elif begun is None:
+            begun = time.perf_counter()
         if stop is not None and stop.is_set():
             ended = "interrupted"
+        elif begun is not None and time.perf_counter() - begun > step_seconds:
+            ended = f"not done after {step_seconds:g} s"
         elif time.perf_counter() - start > seconds:
             ended = f"not done after {seconds:g} s"
         elif resident(process.pid) > memory:

@@ -151,8 +151,8 @@ def test_the_last_layers_are_those_that_the_outputs_come_out_of():
     assert {id(f) for f in found} == {id(f) for f in (net.head, net.outer, net.embed, net.place)}
 
 
-def supervised(job, *arguments, seconds=60.0, memory=2.0**36):
-    return zoo_run.supervise(job, arguments, seconds=seconds, memory=memory)
+def supervised(job, *arguments, seconds=60.0, memory=2.0**36, **limits):
+    return zoo_run.supervise(job, arguments, seconds=seconds, memory=memory, **limits)
 
 
 def test_limits_of_time_and_memory_are_recorded_with_what_was_reported_before():
@@ -161,6 +161,12 @@ def test_limits_of_time_and_memory_are_recorded_with_what_was_reported_before():
     assert late["first"] == 1
     assert late["error"] == "waiting: not done after 1 s"
     assert late["wall_s"] < 10
+
+
+def test_some_steps_may_have_a_limit_of_their_own():
+    late = supervised(workers.sleeping, steps=("waiting",), step_seconds=1)
+    assert late["error"] == "waiting: not done after 1 s"
+    assert supervised(workers.done, 7, steps=("another",), step_seconds=0).items() >= {"value": 7}.items()
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not say what a process holds")
