@@ -91,15 +91,14 @@ class Magnitude:
         starts = dict(zip(sizes, itertools.accumulate((0, *sizes.values())), strict=False))
         first = {atom: starts[name] for name, atom in coupling.atoms.items()}
         memo: dict[Axis, Any] = {}
-        total = torch.zeros(sum(sizes.values()), dtype=torch.float64)
-        count = torch.zeros_like(total)
         found = slots(coupling, self.over)
+        placed: list[tuple[_Members, tuple[Positions, Positions]]] = []
         for (axis, atoms), members in _by_axis(found, weights, self.p).items():
             whole = len(atoms) == sum(atom in first for atom in coupling.axes.leaves(axis))
             given = (first, memo) if whole else ({atom: first[atom] for atom in atoms}, {})
-            self._add(members, coupling.axes.places(axis, *given), total, count)
-        if self.reduce == "mean" or (self.reduce == "norm" and self.normalize == "size"):
-            total /= count
+            placed.append((members, coupling.axes.places(axis, *given)))
+        total = torch.zeros(sum(sizes.values()), dtype=torch.float64)
+        (self._one_norm if self.reduce == "norm" else self._of_norms)(placed, total)
         scores = torch.split(total.pow(1 / self.p) if self.reduce == "norm" else total, list(sizes.values()))
         held = {atom for slot in found for atom in slot.atoms}
         return {
@@ -108,22 +107,30 @@ class Magnitude:
             if atom in held
         }
 
-    def _add(
-        self, members: _Members, places: tuple[Positions, Positions], total: torch.Tensor, count: torch.Tensor
-    ) -> None:
-        """Add the members with one axis to the total, and to what it is divided by: elements or members."""
-        at, which = (torch.from_numpy(a) for a in places)
-        if self.reduce == "norm":
-            total.index_add_(0, which, torch.stack([powers for powers, _ in members]).sum(0)[at])
-            count.index_add_(0, which, count.new_full(which.shape, sum(n for _, n in members)))
+    def _one_norm(self, placed: Sequence[tuple[_Members, tuple[Positions, Positions]]], total: torch.Tensor) -> None:
+        """Add up what the elements of each channel are worth, or take the mean."""
+        if not placed:
             return
-        unique = np.unique(places[1], return_inverse=True, return_counts=True)
-        channels, inverse, repeats = (torch.from_numpy(a) for a in unique)
-        for powers, n in members:
-            own = powers.new_zeros(len(channels)).index_add_(0, inverse, powers[at])
-            norm = (own / (n * repeats) if self.normalize == "size" else own).pow(1 / self.p)
-            total[channels] = total[channels].maximum(norm) if self.reduce == "max" else total[channels] + norm
-            count[channels] += 1
+        channels = torch.from_numpy(np.concatenate([which for _, (_, which) in placed]))
+        powers = [_together([powers for powers, _ in members])[torch.from_numpy(at)] for members, (at, _) in placed]
+        total.index_add_(0, channels, torch.cat(powers))
+        if self.normalize == "size":
+            elements = [total.new_full(at.shape, sum(n for _, n in members)) for members, (at, _) in placed]
+            total /= torch.zeros_like(total).index_add_(0, channels, torch.cat(elements))
+
+    def _of_norms(self, placed: Sequence[tuple[_Members, tuple[Positions, Positions]]], total: torch.Tensor) -> None:
+        """The mean or the maximum of the norms of the members that each channel has."""
+        count = torch.zeros_like(total)
+        for members, (at, which) in placed:
+            unique = np.unique(which, return_inverse=True, return_counts=True)
+            channels, inverse, repeats = (torch.from_numpy(a) for a in unique)
+            for powers, n in members:
+                own = powers.new_zeros(len(channels)).index_add_(0, inverse, powers[torch.from_numpy(at)])
+                norm = (own / (n * repeats) if self.normalize == "size" else own).pow(1 / self.p)
+                total[channels] = total[channels].maximum(norm) if self.reduce == "max" else total[channels] + norm
+                count[channels] += 1
+        if self.reduce == "mean":
+            total /= count
 
     def _normalized(self, scores: torch.Tensor) -> torch.Tensor:
         if self.normalize not in ("mean", "max"):
@@ -132,18 +139,43 @@ class Magnitude:
         return scores / by if by > 0 else scores
 
 
+def _together(powers: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(list(powers)).sum(0) if len(powers) > 1 else powers[0]
+
+
 def _by_axis(
     found: Sequence[Slot], weights: Mapping[str, torch.Tensor], p: float
 ) -> dict[tuple[Axis, frozenset[Atom]], _Members]:
     """The members, by what they have in common: the axis, and the groups that are meant in it."""
     members: dict[tuple[Axis, frozenset[Atom]], _Members] = {}
+    vectors = _vectors({slot.value.target: weights[slot.value.target] for slot in found}, p)
     for value, same in itertools.groupby(found, key=lambda slot: slot.value):
         held = list(same)
-        powers = _powers(weights[value.target], value.target, [slot.dim for slot in held], p)
+        powers = vectors.get(value.target)
+        if powers is None:
+            powers = _powers(weights[value.target], value.target, [slot.dim for slot in held], p)
         for slot, power in zip(held, powers, strict=True):
             elements = math.prod(value.shape) // value.shape[slot.dim]
             members.setdefault((slot.axis, slot.atoms), []).append((power, elements))
     return members
+
+
+def _vectors(weights: Mapping[str, torch.Tensor], p: float) -> dict[str, list[torch.Tensor]]:
+    """What `_powers` says of weights with one dim, most of which are small: many at once, and none that is not finite.
+
+    Those that are not are left to `_powers`, which says so.
+    """
+    alike: dict[Any, list[str]] = {}
+    for name, weight in weights.items():
+        if weight.dim() == 1 and not weight.is_meta:
+            alike.setdefault((weight.device, weight.dtype), []).append(name)
+    found: dict[str, list[torch.Tensor]] = {}
+    for names in alike.values():
+        powers = _powered(torch.cat([weights[name].detach() for name in names]), p).cpu()
+        if math.isfinite(powers.sum()):
+            parts = torch.split(powers, [len(weights[name]) for name in names])
+            found |= {name: [part] for name, part in zip(names, parts, strict=True)}
+    return found
 
 
 def _powers(parameter: torch.Tensor, name: str, dims: Sequence[int], p: float) -> list[torch.Tensor]:
