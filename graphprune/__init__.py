@@ -2,10 +2,12 @@
 
 from graphprune import importance
 from graphprune.allocate import Target, allocate
+from graphprune.artefact import Artefact, load, save
 from graphprune.calibrate import Calibration, calibrate
 from graphprune.couple import couple
 from graphprune.coupling import Coupling, Group
 from graphprune.errors import (
+    ArtefactError,
     CalibrationError,
     CriterionError,
     GraphpruneError,
@@ -31,11 +33,12 @@ from graphprune.rules import RULES, op
 from graphprune.sensitivity import Sensitivity, sensitivity
 from graphprune.trace import Inputs, trace
 from graphprune.verify import Verification, verify
-
-__version__ = "0.1.0"
+from graphprune.version import __version__
 
 __all__ = [
     "RULES",
+    "Artefact",
+    "ArtefactError",
     "Calibration",
     "CalibrationError",
     "Coupling",
@@ -62,16 +65,19 @@ __all__ = [
     "UnsupportedOp",
     "Verification",
     "VerificationError",
+    "__version__",
     "allocate",
     "calibrate",
     "couple",
     "importance",
+    "load",
     "migrate",
     "op",
     "prune",
     "prune_iteratively",
     "repair",
     "rewrite",
+    "save",
     "sensitivity",
     "trace",
     "verify",

@@ -29,7 +29,7 @@ from graphprune.plan import Plan
 from graphprune.pruning import Result, carry_out, check, names_of, repair_data, require_groups
 from graphprune.recover import Method
 from graphprune.report import Report, report
-from graphprune.rewrite import Emit
+from graphprune.rewrite import Emit, changes
 from graphprune.trace import Inputs, held, trace
 
 __all__ = ["Iterated", "Schedule", "Step", "prune_iteratively"]
@@ -164,7 +164,7 @@ def prune_iteratively(
         ways: Any = {} if saved else {"repair": repair, "batchnorm": batchnorm, "data": data}
         carried = carry(before, inputs, coupling, plan, **ways)
         small, reported = carried[0].model, report(lineage.coupling, lineage.plan, aim, *carried)
-        result = Result(small, plan, coupling, reported, names_of(before))
+        result = Result(small, plan, coupling, reported, names_of(before), inputs, carried[0].changes)
         optimizer = None if optimizer is None else migrate(optimizer, result, unfit=unfit)
         if saved:
             saved.restore(small, optimizer)
@@ -172,5 +172,5 @@ def prune_iteratively(
             train(Step(number, steps, result, optimizer))
             store.write(number, plan, small, optimizer)
         before, plans, reports = small, [*plans, plan], [*reports, reported]
-    original = lineage.plan, lineage.coupling, reports[-1], names
+    original = lineage.plan, lineage.coupling, reports[-1], names, inputs, changes(model, before)
     return Iterated(before, *original, tuple(plans), tuple(reports), optimizer)
