@@ -21,6 +21,7 @@ from graphprune.errors import (
     UnsupportedOp,
     VerificationError,
 )
+from graphprune.export import Exported, export
 from graphprune.iterative import Iterated, Step, prune_iteratively
 from graphprune.migrate import migrate
 from graphprune.plan import Plan
@@ -43,6 +44,7 @@ __all__ = [
     "CalibrationError",
     "Coupling",
     "CriterionError",
+    "Exported",
     "GraphpruneError",
     "Group",
     "InputError",
@@ -69,6 +71,7 @@ __all__ = [
     "allocate",
     "calibrate",
     "couple",
+    "export",
     "importance",
     "load",
     "migrate",

@@ -225,30 +225,22 @@ class Artefact:
             )
         instance = made(model)
         own, brought = own_tensors(structure)
-        constants = self._tensors(brought, device)
-        tensors_or_none = self._tensors(own, device) if weights == "saved" else None
-        return into_class(instance, structure, tensors_or_none, constants, ops)
+        saved = weights == "saved"
+        found = self._tensors([*own, *brought] if saved else brought, device)
+        constants = {name: found[name] for name in brought}
+        return into_class(instance, structure, {n: found[n] for n in own} if saved else None, constants, ops)
 
     def _tensors(self, names: Iterable[str], device: str) -> dict[str, torch.Tensor]:
         """Tensors from the file, once it is known to be what was written."""
-        found = tensorfile.load(self._weights, sorted(names), device)
+        entry = self.manifest.entries["weights"]
         every = {**self.structure.tensors, **self._constants}
+        sizes = {name: tensor.sizes for name, tensor in every.items()}
+        found = tensorfile.load(self.directory / entry.name, entry, sizes, frozenset(names), device)
         return {name: wrapped(tensor, every[name]) for name, tensor in found.items()}
 
     @cached_property
     def _constants(self) -> Mapping[str, Tensor]:
         return self.graph.constants if "graph" in self.manifest.entries else {}
-
-    @cached_property
-    def _weights(self) -> Path:
-        """The file of the weights, whose length, hash and header fit.
-
-        Raises:
-            ArtefactError: they do not.
-        """
-        path = store.check_file(self.directory, self.manifest.entries["weights"])
-        tensorfile.check_header(path, {n: t.sizes for n, t in {**self.structure.tensors, **self._constants}.items()})
-        return path
 
 
 def _graph_from(data: Any, structure: Structure) -> Graph:

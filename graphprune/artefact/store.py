@@ -206,7 +206,11 @@ def manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST
     if not path.exists():
         raise ArtefactError(f"{directory} holds no {MANIFEST}; pass a directory that gp.save wrote")
-    found = _parsed(read(path, MANIFEST_LIMIT), path)
+    with opened(path) as file:
+        text = file.read(MANIFEST_LIMIT + 1)
+    if len(text) > MANIFEST_LIMIT:
+        raise ArtefactError(f"{path} is longer than {MANIFEST_LIMIT} bytes")
+    found = parsed(text, path)
     if not isinstance(found, dict) or type(found.get("needs")) is not int:
         raise ArtefactError(f"{path} is no manifest of an artefact")
     if found["needs"] > FORMAT:
@@ -239,61 +243,40 @@ def _entry(kind: str, said: Any, path: Path) -> Entry:
     return Entry(kind, sha256, length)
 
 
-def read(path: Path, limit: int) -> bytes:
-    """The content of a file.
+@contextmanager
+def opened(path: Path, entry: Entry | None = None) -> Iterator[Any]:
+    """A file open for reading; with an entry, only if it is as long as that says.
 
     Raises:
-        ArtefactError: it is no file, longer than `limit`, or cannot be read.
+        ArtefactError: it is no file, has another length, or cannot be read.
     """
     try:
         if not path.is_file():
             raise ArtefactError(f"{path} is missing" if not path.exists() else f"{path} is no file")
+        if entry is not None:
+            check_same(path, entry, path.stat().st_size, entry.sha256)
         with path.open("rb") as file:
-            found = file.read(limit + 1)
+            yield file
     except OSError as error:
         raise ArtefactError(f"{path} cannot be read: {error.strerror or error}") from error
-    if len(found) > limit:
-        raise ArtefactError(f"{path} is longer than {limit} bytes")
-    return found
 
 
 def read_json(directory: Path, entry: Entry) -> Any:
     """The content of a JSON file, whose hash is checked.
 
     Raises:
-        ArtefactError: the file is missing, was changed, or is no JSON.
+        ArtefactError: the file is missing, too long, was changed, or is no JSON.
     """
     path = directory / entry.name
     if entry.bytes > JSON_LIMIT:
         raise ArtefactError(f"{path} is longer than {JSON_LIMIT} bytes")
-    text = read(path, entry.bytes)
-    _check_same(path, entry, len(text), hashlib.sha256(text).hexdigest())
-    return _parsed(text, path)
+    with opened(path, entry) as file:
+        text = file.read(entry.bytes + 1)
+    check_same(path, entry, len(text), hashlib.sha256(text).hexdigest())
+    return parsed(text, path)
 
 
-def check_file(directory: Path, entry: Entry) -> Path:
-    """The path of a data file, once its length and hash are those of the manifest.
-
-    Raises:
-        ArtefactError: it is missing or was changed.
-    """
-    path = directory / entry.name
-    digest = hashlib.sha256()
-    try:
-        if not path.is_file():
-            raise ArtefactError(f"{path} is missing" if not path.exists() else f"{path} is no file")
-        length = path.stat().st_size
-        if length == entry.bytes:
-            with path.open("rb") as file:
-                while chunk := file.read(1 << 20):
-                    digest.update(chunk)
-    except OSError as error:
-        raise ArtefactError(f"{path} cannot be read: {error.strerror or error}") from error
-    _check_same(path, entry, length, digest.hexdigest())
-    return path
-
-
-def _check_same(path: Path, entry: Entry, length: int, sha256: str) -> None:
+def check_same(path: Path, entry: Entry, length: int, sha256: str) -> None:
     """Refuse a file that is not what was written.
 
     Raises:
@@ -305,7 +288,7 @@ def _check_same(path: Path, entry: Entry, length: int, sha256: str) -> None:
         raise ArtefactError(f"{path} was changed after it was written: its hash is another one; copy or save it again")
 
 
-def _parsed(text: bytes, path: Path) -> Any:
+def parsed(text: bytes, path: Path) -> Any:
     """JSON as data.
 
     Raises:
@@ -314,7 +297,8 @@ def _parsed(text: bytes, path: Path) -> Any:
     try:
         return json.loads(text, parse_constant=_refused)
     except (ValueError, RecursionError, MemoryError) as error:
-        raise ArtefactError(f"{path} is no JSON that can be read: {type(error).__name__}: {error}") from error
+        said = str(error).splitlines()[0][:200] if str(error) else ""
+        raise ArtefactError(f"{path} is no JSON that can be read: {type(error).__name__}: {said}") from error
 
 
 def _refused(name: str) -> Any:

@@ -5,16 +5,17 @@ The format: eight bytes with the length of the header, the header as JSON, and t
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from graphprune.artefact.store import Write
+from graphprune.artefact.store import Entry, Write, check_same, opened, parsed
 from graphprune.errors import ArtefactError
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -80,26 +81,73 @@ def writer(tensors: Mapping[str, torch.Tensor]) -> Write:
     return write
 
 
-def check_header(path: Path, expected: Mapping[str, Sizes]) -> None:
-    """Refuse a file whose header does not announce exactly these tensors, or not the bytes that follow it.
+def load(
+    path: Path, entry: Entry, expected: Mapping[str, Sizes], names: Collection[str], device: str
+) -> dict[str, torch.Tensor]:
+    """The tensors of these names, read in one pass in which the hash is taken of all.
+
+    They lie where torch allocates them, as the last bits of some kernels depend on alignment.
+
+    Args:
+        path: the file.
+        entry: its length and hash.
+        expected: every tensor that it must hold.
+        names: which of them are wanted.
+        device: where they are put.
+    Raises:
+        ArtefactError: the file is missing, cut off or changed, or holds other tensors; nothing is allocated unless its
+            length and its header fit.
+    """
+    found: dict[str, torch.Tensor] = {}
+    digest = hashlib.sha256()
+    with opened(path, entry) as file:
+        spans = _spans(_header(file, path, entry, digest), path, expected, entry.bytes - file.tell())
+        for name, length in spans:
+            if name not in names:
+                _pass_over(file, length, digest)
+                continue
+            dtype, shape = expected[name]
+            tensor = torch.empty(shape, dtype=DTYPES[dtype])
+            if length:
+                bytes_of = tensor.reshape(-1).view(torch.uint8).numpy().data
+                file.readinto(bytes_of)
+                digest.update(bytes_of)
+            found[name] = tensor
+    check_same(path, entry, entry.bytes, digest.hexdigest())
+    return {name: tensor.to(device) for name, tensor in found.items()}
+
+
+def _pass_over(file: IO[bytes], length: int, digest: Any) -> None:
+    while length > 0 and (chunk := file.read(min(length, 1 << 20))):
+        digest.update(chunk)
+        length -= len(chunk)
+
+
+def _header(file: IO[bytes], path: Path, entry: Entry, digest: Any) -> Mapping[str, Any]:
+    """The table at the start of the file.
 
     Raises:
-        ArtefactError: it does not; the message names the first tensor.
+        ArtefactError: there is none.
     """
-    length = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        size = struct.unpack("<Q", start)[0] if len(start) == 8 else length
-        if size > min(HEADER_LIMIT, length - 8):
-            raise ArtefactError(f"{path} is no safetensors file: its header is longer than the file")
-        text = file.read(size)
-    try:
-        header = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ArtefactError(f"{path} is no safetensors file: {type(error).__name__}: {error}") from error
+    start = file.read(8)
+    size = struct.unpack("<Q", start)[0] if len(start) == 8 else entry.bytes
+    if size > min(HEADER_LIMIT, entry.bytes - 8):
+        raise ArtefactError(f"{path} is no safetensors file: its header is longer than the file")
+    text = file.read(size)
+    digest.update(start + text)
+    header = parsed(text, path)
     if not isinstance(header, dict):
         raise ArtefactError(f"{path} is no safetensors file: its header is no table")
     header.pop("__metadata__", None)
+    return header
+
+
+def _spans(header: Mapping[str, Any], path: Path, expected: Mapping[str, Sizes], length: int) -> list[tuple[str, int]]:
+    """The tensors and their lengths, in the order of the file.
+
+    Raises:
+        ArtefactError: the header does not announce exactly the tensors expected and the bytes that follow it.
+    """
     if different := header.keys() ^ expected.keys():
         name = min(different)
         where = "is missing in" if name in expected else "is not expected in"
@@ -113,36 +161,18 @@ def check_header(path: Path, expected: Mapping[str, Sizes]) -> None:
                 "in the structure; the files are of different artefacts"
             )
         span = said.get("data_offsets")
-        spans.append((_start(span), span, _bytes(dtype, shape), name))
+        spans.append((_start(span), math.prod((DTYPES[dtype].itemsize, *shape)), name, span))
+    spans.sort(key=lambda s: s[:2])
     at = 0
-    for start_of, span, wanted, name in sorted(spans, key=lambda s: s[0]):
-        if start_of != at or span != [at, at + wanted]:
+    for _, wanted, name, span in spans:
+        if span != [at, at + wanted]:
             raise ArtefactError(f"{path} has no place for {name}: {span!r:.60}, where {[at, at + wanted]} is expected")
         at += wanted
-    if at != length - 8 - size:
-        raise ArtefactError(f"{path} has {length - 8 - size} bytes of tensors and should have {at}")
+    if at != length:
+        raise ArtefactError(f"{path} has {length} bytes of tensors and should have {at}")
+    return [(name, wanted) for _, wanted, name, _ in spans]
 
 
 def _start(span: Any) -> int:
     """Where a span begins; -1 if it is none."""
     return span[0] if isinstance(span, list) and len(span) == 2 and type(span[0]) is int else -1
-
-
-def _bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    count = DTYPES[dtype].itemsize
-    for size in shape:
-        count *= size
-    return count
-
-
-def load(path: Path, names: list[str], device: str) -> dict[str, torch.Tensor]:
-    """The tensors of these names, of a file that was checked.
-
-    Raises:
-        ArtefactError: safetensors refuses the file.
-    """
-    try:
-        with safe_open(path, framework="pt", device=device) as file:
-            return {name: file.get_tensor(name) for name in names}
-    except SafetensorError as error:
-        raise ArtefactError(f"{path} cannot be read: {error}") from error
