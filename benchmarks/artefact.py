@@ -15,8 +15,8 @@ difference relative to the output's largest value.
 
 The pickle is what whole-module libraries tell their users to write, `torch.save(model, path)`, here of the same smaller
 model, and for networks that torch-pruning gets through also of its own, halved by its own means. Bytes are of all
-files; seconds are of loading from a warm file cache in a fresh process with the packages imported, without making the instance
-for (a), and of one forward at batch size 1: medians of `--repeats`.
+files; seconds are of loading from a warm file cache in a fresh process with the packages imported, without making the
+instance for (a), and of one forward at batch size 1: medians of `--repeats`.
 """
 
 from __future__ import annotations
@@ -222,8 +222,8 @@ def text(results: Record) -> str:
         f"{env['cpus']} CPUs; medians of {env['repeats']}.",
         "",
         f"Loaded in a fresh process with the same bits in every output: into the class {kept['class']}, as a graph "
-        f"module {kept['graph']}, into what `AutoModel...from_config` gives {kept['auto']}. ONNX: {len(onnx)} of {len(rows)} "
-        f"exported and run by onnxruntime, largest error {max(onnx, default=0):.1e}.",
+        f"module {kept['graph']}, into what `AutoModel...from_config` gives {kept['auto']}. ONNX: {len(onnx)} of "
+        f"{len(rows)} exported and run by onnxruntime, largest error {max(onnx, default=0):.1e}.",
         "",
         "| network | emitted | class | graph | auto | ONNX error (batch sizes) | MB: artefact, pickle, peer's pickle | "
         "load ms: class, graph, pickle, peer | forward ms: class, graph, pickle, peer |",

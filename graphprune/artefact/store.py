@@ -135,10 +135,11 @@ def _text(entries: Mapping[str, Entry], model: str, version: str) -> bytes:
         "model": model,
         "files": {kind: {"sha256": e.sha256, "bytes": e.bytes} for kind, e in entries.items()},
     }
-    return json.dumps({**content, "sha256": _digest(content)}, indent=1).encode()
+    return json.dumps({**content, "sha256": digest(content)}, indent=1).encode()
 
 
-def _digest(content: Mapping[str, Any]) -> str:
+def digest(content: Mapping[str, Any]) -> str:
+    """The hash of a manifest that goes into it."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -220,7 +221,7 @@ def manifest(directory: Path) -> Manifest:
             f"{FORMAT}: update graphprune"
         )
     said = found.pop("sha256", None)
-    if said != _digest(found):
+    if said != digest(found):
         raise ArtefactError(f"{path} was changed after it was written: its hash is another one; save the model again")
     files, made_with = found.get("files"), found.get("made_with")
     if not isinstance(files, dict) or not isinstance(made_with, dict) or not isinstance(found.get("model"), str):

@@ -18,6 +18,8 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,199}")
 _RESERVED = frozenset({"self", "torch", "math", "device", "getattr", "inf", "nan", "slice", "complex", "forward"})
 _KINDS = ("", "*", "**", "/", "keyword")
 _COUNTS = {name: len(re.findall("{}", template)) for name, (_, template) in FUNCTIONS.items()}
+_OF_RESULTS = ("item", "shape", "device", "is")
+"""Functions that Python warns about where they are written of a literal."""
 _DTYPES = {str(v).removeprefix("torch."): v for v in vars(torch).values() if isinstance(v, torch.dtype)}
 TORCH: Mapping[str, Mapping[str, Any]] = {
     "dtype": _DTYPES,
@@ -153,6 +155,8 @@ class _Checker:
         if name in FUNCTIONS:
             if kwargs or len(args) != _COUNTS[name]:
                 raise ArtefactError(f"{name!r} takes {_COUNTS[name]} arguments")
+            if name in _OF_RESULTS and not isinstance(args[0], dict):
+                raise ArtefactError(f"{name!r} is asked of {args[0]!r:.40}, which is no result")
             return
         schema = allowed(name, self.ops)._schema.arguments
         names = [a.name for a in schema]
