@@ -15,7 +15,7 @@ weights. Number k is broken in a way that follows from the seed and k:
 
 Each is loaded into the class, as a graph module, and with the weights of the model. Counted are those that loaded in
 all ways, those that were refused, and anything else: another exception, code that ran from elsewhere than what
-graphprune writes for checked calls, a file opened for writing, a process, a module imported by name from the file. The process
+graphprune writes for checked calls, a file opened for writing, a process, a class looked up for a pickle. The process
 stays below a limit of memory, and the most that it held is recorded.
 """
 

@@ -81,8 +81,6 @@ def _traced(result: Result) -> tuple[fx.GraphModule | None, str, str]:
         code.from_graph(found)
     except GraphpruneError as error:
         return None, "", f"the pruned model could not be traced when it was saved: {str(error).splitlines()[0]}"
-    if odd := [name for name, _ in held(found) if not all(map(is_plain_name, name.split(".")))]:
-        return None, "", f"the code of a graph module cannot name {odd[0]}"
     return found, limits, ""
 
 
@@ -90,8 +88,11 @@ def whole_graph(model: nn.Module, inputs: Inputs) -> tuple[fx.GraphModule, str]:
     """A model as one graph module, with an open batch size where that can be, and what is limited about it.
 
     Raises:
+        ArtefactError: a tensor has a name that the code of graph modules, which torch writes, does not quote.
         GraphpruneError: it cannot be traced.
     """
+    if odd := [name for name, _ in held(model) if not all(map(is_plain_name, name.split(".")))]:
+        raise ArtefactError(f"the code of a graph module cannot name {odd[0]}")
     if isinstance(model, fx.GraphModule):
         return model, ""
     coupling = couple(trace(model, inputs))

@@ -125,12 +125,12 @@ def _attribute(node: ast.Attribute) -> Any:
 
 
 def _dotted(node: ast.expr) -> list[str]:
-    """The parts of `self.a.b`, `getattr(self, "0").b` or `torch.ops.c`; nothing for anything else."""
+    """The parts of `self.a.b`, `getattr(self, "0").b`, `torch.ops.c` or `math.d`; nothing for anything else."""
     if isinstance(node, ast.Name):
         return [node.id]
     if isinstance(node, ast.Attribute):
         inner = _dotted(node.value)
-        return [*inner, node.attr] if inner and inner[0] in ("self", "torch") else []
+        return [*inner, node.attr] if inner and inner[0] in ("self", "torch", "math") else []
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
         inner = _dotted(node.args[0])
         name = node.args[1]
@@ -152,11 +152,11 @@ def _called(node: ast.Call) -> Any:
         return {"device": f"{(*args, *kwargs.values())[0]}{index}"}
     if function == ["torch", "_assert"]:
         return call("assert", *args)
-    if function == ["slice"]:
-        return {"slice": args}
+    if function in (["slice"], ["complex"]):
+        return {function[0]: args}
     if function == ["getattr"] and args[1] == "device":
         return call("device", args[0])
-    return call(function[1], *args) if function[:1] == ["torch"] and function[1] in _NUMBERS else None
+    return call(function[1], *args) if function[:1] in (["torch"], ["math"]) and function[1] in _NUMBERS else None
 
 
 def _binary(node: ast.BinOp) -> Any:

@@ -81,7 +81,7 @@ _WRITERS: Mapping[str, Callable[[Mapping[str, Any], str], str]] = {
     "dict": lambda v, ops: "{" + ", ".join(f"{k!r}: {written(i, ops)}" for k, i in v["dict"]) + "}",
     "slice": lambda v, ops: f"slice({', '.join(written(i, ops) for i in v['slice'])})",
     "device": lambda v, _: f"torch.device({v['device']!r})",
-    "float": lambda v, _: f"float({v['float']!r})",
+    "float": lambda v, _: v["float"],
     "complex": lambda v, _: f"complex({v['complex'][0]!r}, {v['complex'][1]!r})",
 }
 
