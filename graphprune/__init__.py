@@ -2,10 +2,12 @@
 
 from graphprune import importance, recover, training
 from graphprune.allocate import Target, allocate
+from graphprune.artefact import Artefact, load, save
 from graphprune.calibrate import Calibration, calibrate
 from graphprune.couple import couple
 from graphprune.coupling import Coupling, Group
 from graphprune.errors import (
+    ArtefactError,
     CalibrationError,
     CriterionError,
     GraphpruneError,
@@ -20,6 +22,7 @@ from graphprune.errors import (
     UnsupportedOp,
     VerificationError,
 )
+from graphprune.export import Exported, export
 from graphprune.iterative import Iterated, Step, prune_iteratively
 from graphprune.latency import Latency
 from graphprune.migrate import migrate
@@ -33,15 +36,17 @@ from graphprune.rules import RULES, op
 from graphprune.sensitivity import Sensitivity, sensitivity
 from graphprune.trace import Inputs, trace
 from graphprune.verify import Verification, verify
-
-__version__ = "0.1.0"
+from graphprune.version import __version__
 
 __all__ = [
     "RULES",
+    "Artefact",
+    "ArtefactError",
     "Calibration",
     "CalibrationError",
     "Coupling",
     "CriterionError",
+    "Exported",
     "GraphpruneError",
     "Group",
     "InputError",
@@ -66,10 +71,13 @@ __all__ = [
     "UnsupportedOp",
     "Verification",
     "VerificationError",
+    "__version__",
     "allocate",
     "calibrate",
     "couple",
+    "export",
     "importance",
+    "load",
     "migrate",
     "op",
     "prune",
@@ -77,6 +85,7 @@ __all__ = [
     "recover",
     "repair",
     "rewrite",
+    "save",
     "sensitivity",
     "trace",
     "training",

@@ -54,6 +54,10 @@ class RewriteError(GraphpruneError):
     """The smaller module could not be built."""
 
 
+class ArtefactError(GraphpruneError):
+    """What is to be saved, loaded or exported, or the files of it, cannot be used."""
+
+
 class VerificationError(GraphpruneError):
     """The pruned model does not compute what the zeroed original computes."""
 

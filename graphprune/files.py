@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO
@@ -16,16 +16,26 @@ from graphprune.errors import InputError
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Let `write` fill a file that takes the place of `path` once it is written; whatever happens, none is cut off."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    write_named(path.parent, path.name, lambda file: (write(file), path.name)[1])
+
+
+def write_named(directory: Path, hint: str, write: Callable[[IO[bytes]], str]) -> Path:
+    """As `write_whole`, for a file whose name in `directory` is known once it is written: `write` returns it.
+
+    Until then it has a name of its own that begins with a dot and `hint`.
+    """
+    name = directory / f".{hint}.{secrets.token_hex(6)}"
+    handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with os.fdopen(handle, "wb") as file:
-            write(file)
+            path = directory / write(file)
             file.flush()
             os.fsync(file.fileno())
-        Path(name).replace(path)
+        name.replace(path)
     except BaseException:
-        Path(name).unlink()
+        name.unlink(missing_ok=True)
         raise
+    return path
 
 
 def made(directory: str | os.PathLike[str]) -> Path:

@@ -121,18 +121,49 @@ class Plan:
         if wrong:
             raise PlanError("the plan was made for another model:\n  " + "\n  ".join(wrong[:4]))
 
+    def to_data(self) -> dict[str, Any]:
+        """The plan as plain data: lists, tables, numbers and texts."""
+        return {
+            "format": FORMAT,
+            "groups": {name: list(positions) for name, positions in self.groups.items()},
+            "sizes": dict(self.sizes),
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "left": dict(self.left),
+            "kept": {n: {str(d): k.tolist() for d, k in dims.items()} for n, dims in self.kept.items()},
+        }
+
     def to_json(self) -> str:
         """The plan as JSON text."""
-        return json.dumps(
-            {
-                "format": FORMAT,
-                "groups": {name: list(positions) for name, positions in self.groups.items()},
-                "sizes": dict(self.sizes),
-                "shapes": {name: list(shape) for name, shape in self.shapes.items()},
-                "left": dict(self.left),
-                "kept": {n: {str(d): k.tolist() for d, k in dims.items()} for n, dims in self.kept.items()},
-            }
-        )
+        return json.dumps(self.to_data())
+
+    @classmethod
+    def from_data(cls, data: Any) -> Plan:
+        """The plan that `to_data` gave.
+
+        Raises:
+            PlanError: it is not such a plan.
+        """
+        try:
+            if data["format"] != FORMAT:
+                raise PlanError(f"plan format {data['format']} is not {FORMAT}, the one this version reads")
+            plan = cls(
+                groups={name: tuple(positions) for name, positions in data["groups"].items()},
+                sizes={name: _size(size) for name, size in data["sizes"].items()},
+                shapes={name: tuple(map(_size, shape)) for name, shape in data["shapes"].items()},
+                left={name: _size(dim) for name, dim in data.get("left", {}).items()},
+                kept={
+                    name: {int(d): torch.tensor(k, dtype=torch.long) for d, k in dims.items()}
+                    for name, dims in data["kept"].items()
+                },
+            )
+            for name, positions in plan.groups.items():
+                _valid(name, positions, plan.sizes[name])
+            for name, dims in plan.kept.items():
+                for dim, kept in dims.items():
+                    _check_kept(name, plan.shapes.get(name), dim, kept)
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError, IndexError) as error:
+            raise PlanError(f"not a plan: {type(error).__name__}: {error}; write plans with plan.to_json()") from error
+        return plan
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -142,24 +173,32 @@ class Plan:
             PlanError: the text is not such a plan.
         """
         try:
-            data: dict[str, Any] = json.loads(text)
-            if data["format"] != FORMAT:
-                raise PlanError(f"plan format {data['format']} is not {FORMAT}, the one this version reads")
-            plan = cls(
-                groups={name: tuple(positions) for name, positions in data["groups"].items()},
-                sizes=dict(data["sizes"]),
-                shapes={name: tuple(shape) for name, shape in data["shapes"].items()},
-                left={name: int(dim) for name, dim in data.get("left", {}).items()},
-                kept={
-                    name: {int(d): torch.tensor(k, dtype=torch.long) for d, k in dims.items()}
-                    for name, dims in data["kept"].items()
-                },
-            )
-            for name, positions in plan.groups.items():
-                _valid(name, positions, plan.sizes[name])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            data = json.loads(text)
+        except (ValueError, TypeError, RecursionError) as error:
             raise PlanError(f"not a plan: {type(error).__name__}: {error}; write plans with plan.to_json()") from error
-        return plan
+        return cls.from_data(data)
+
+
+def _size(value: object) -> int:
+    """A size.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if type(value) is not int or value < 0:
+        raise TypeError(f"{value!r:.40} is no size")
+    return value
+
+
+def _check_kept(name: str, shape: tuple[int, ...] | None, dim: int, kept: torch.Tensor) -> None:
+    """Refuse kept positions that are not those of a dim of this shape; names without a shape are further names.
+
+    Raises:
+        PlanError: they are not.
+    """
+    fits = kept.dim() == 1 and len(kept) > 0 and int(kept[0]) >= 0 and bool((kept[1:] > kept[:-1]).all())
+    if not fits or dim < 0 or (shape is not None and (dim >= len(shape) or int(kept[-1]) >= shape[dim])):
+        raise PlanError(f"the positions kept of dim {dim} of {name} are not those of a dim of {shape}, ascending")
 
 
 def _valid(name: str, positions: Sequence[int], size: int) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from graphprune.plan import Plan
 from graphprune.recover import Method, Repair
 from graphprune.recover import repair as repair_weights
 from graphprune.report import Report, report
-from graphprune.rewrite import Emit, Rewritten, rewrite
+from graphprune.rewrite import Change, Emit, Rewritten, rewrite
 from graphprune.trace import Inputs, parameters, trace
 from graphprune.verify import Bench, Verification
 
@@ -39,6 +39,8 @@ class Result:
         report: requested and achieved, causes, verification; `print` it.
         names: fully qualified names of the parameters of the original, by the parameters themselves, which it does not
             keep alive.
+        inputs: the example inputs.
+        changes: the ints that modules of the smaller one keep and that differ from the original's.
     """
 
     model: nn.Module
@@ -46,6 +48,8 @@ class Result:
     coupling: Coupling
     report: Report
     names: Mapping[torch.Tensor, tuple[str, ...]] = field(repr=False)
+    inputs: Inputs = field(repr=False)
+    changes: tuple[Change, ...] = field(repr=False)
 
 
 def prune(
@@ -129,7 +133,7 @@ def prune(
     times = compared(latency, target, model, rewritten.model, inputs)
     found = rewritten, verification, repaired
     reported = report(coupling, plan, target, *found, latency=predicted, measured=times)
-    return Result(rewritten.model, plan, coupling, reported, names_of(model))
+    return Result(rewritten.model, plan, coupling, reported, names_of(model), inputs, rewritten.changes)
 
 
 def carry_out(

@@ -39,7 +39,7 @@ from graphprune.pruning import (
 )
 from graphprune.recover import Method
 from graphprune.report import Report, report
-from graphprune.rewrite import Emit
+from graphprune.rewrite import Emit, changes
 from graphprune.trace import Inputs, held, trace
 
 __all__ = ["Iterated", "Schedule", "Step", "prune_iteratively"]
@@ -178,7 +178,7 @@ def prune_iteratively(
         small = carried[0].model
         times = compared(latency, target, model, small, inputs)
         reported = report(lineage.coupling, lineage.plan, aim, *carried, latency=predicted, measured=times)
-        result = Result(small, plan, coupling, reported, names_of(before))
+        result = Result(small, plan, coupling, reported, names_of(before), inputs, carried[0].changes)
         optimizer = None if optimizer is None else migrate(optimizer, result, unfit=unfit)
         if saved:
             saved.restore(small, optimizer)
@@ -186,5 +186,5 @@ def prune_iteratively(
             train(Step(number, steps, result, optimizer))
             store.write(number, plan, small, optimizer)
         before, plans, reports = small, [*plans, plan], [*reports, reported]
-    original = lineage.plan, lineage.coupling, reports[-1], names
+    original = lineage.plan, lineage.coupling, reports[-1], names, inputs, changes(model, before)
     return Iterated(before, *original, tuple(plans), tuple(reports), optimizer)

@@ -11,10 +11,13 @@ from torch import nn
 from graphprune.coupling import Coupling
 from graphprune.errors import InputError, RewriteError
 from graphprune.plan import Plan
+from graphprune.rewrite.changes import Change, changes
 from graphprune.rewrite.graft import emit_grafted
 from graphprune.rewrite.graph import emit_graph
 from graphprune.rewrite.module import emit_module
 from graphprune.trace import Inputs
+
+__all__ = ["Change", "Emit", "Rewritten", "changes", "rewrite"]
 
 Emit = Literal["auto", "module", "graft", "graph"]
 
@@ -28,12 +31,14 @@ class Rewritten:
         emitter: "module" (same class), "graft" (same class, some modules with a forward from the trace) or "graph".
         reason: why the emitters before it were passed over, and what is limited about this one; empty if nothing.
         grafts: paths of the grafted modules.
+        changes: the ints that its modules keep and that differ from the original's; none of a graph module.
     """
 
     model: nn.Module
     emitter: Literal["module", "graft", "graph"]
     reason: str
     grafts: tuple[str, ...] = ()
+    changes: tuple[Change, ...] = ()
 
 
 def rewrite(
@@ -69,7 +74,8 @@ def rewrite(
     reasons: list[str] = []
     if emit in ("auto", "module"):
         try:
-            return Rewritten(emit_module(model, inputs, coupling, plan, problem), "module", "")
+            small = emit_module(model, inputs, coupling, plan, problem)
+            return Rewritten(small, "module", "", changes=changes(model, small))
         except RewriteError as error:
             reasons.append(f"the same class does not work: {error}")
             if emit == "module":
@@ -77,7 +83,8 @@ def rewrite(
     if emit in ("auto", "graft"):
         try:
             grafted, paths = emit_grafted(model, inputs, coupling, plan, problem)
-            return Rewritten(grafted, "graft" if paths else "module", "; ".join(reasons), paths)
+            kind: Literal["module", "graft"] = "graft" if paths else "module"
+            return Rewritten(grafted, kind, "; ".join(reasons), paths, changes(model, grafted))
         except RewriteError as error:
             reasons.append(f"grafts do not work: {error}")
             if emit == "graft":

@@ -32,6 +32,7 @@ from graphprune.trace.export import OpenDims
 
 NAMESPACE: Mapping[str, Any] = {
     "torch": torch,
+    "math": math,
     "device": torch.device,
     "getattr": getattr,
     "inf": math.inf,

@@ -86,7 +86,7 @@ class _Search:
         """Take back the grafts that are not needed, class by class; the paths of those that stay."""
         kinds: dict[type, list[str]] = {}
         for path in self.grafted:
-            kinds.setdefault(_base(lookup(self.small, path)), []).append(path)
+            kinds.setdefault(own_class(lookup(self.small, path)), []).append(path)
         for paths in kinds.values():
             if len(kinds) > 1:
                 for path in paths:
@@ -173,12 +173,12 @@ def ungraft(module: nn.Module, forward: Forward) -> None:
     """Give `module` its own forward back."""
     for name in forward.constants:
         delattr(module, name)
-    module.__class__ = _base(module)
+    module.__class__ = own_class(module)
 
 
 def retold(module: nn.Module, source: str) -> None:
     """Give a grafted module another source, in place."""
-    module.__class__ = _grafted(_base(module), source)
+    module.__class__ = _grafted(own_class(module), source)
 
 
 def source_of(module: nn.Module) -> str:
@@ -186,7 +186,8 @@ def source_of(module: nn.Module) -> str:
     return str(vars(type(module)).get("__graft__", ""))
 
 
-def _base(module: nn.Module) -> type[nn.Module]:
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, without its graft."""
     kind = type(module)
     return kind.__mro__[1] if source_of(module) else kind
 
@@ -222,7 +223,7 @@ def _grafted(base: type[nn.Module], source: str) -> type[nn.Module]:
 
 def _reduced(module: nn.Module, _: Any) -> tuple[Any, ...]:
     """How a grafted module is copied and pickled: its class is made anew from its base and the source."""
-    return _restored, (_base(module), source_of(module)), module.__getstate__()  # type: ignore[no-untyped-call]
+    return _restored, (own_class(module), source_of(module)), module.__getstate__()  # type: ignore[no-untyped-call]
 
 
 def _restored(base: type[nn.Module], source: str) -> nn.Module:

@@ -93,7 +93,7 @@ class Readings:
     @paused()
     def __init__(self, model: nn.Module, coupling: Coupling, plan: Plan) -> None:
         self.small = _copied(model, plan)
-        _refresh(self.small)
+        refresh(self.small)
         options, sure, self.changing = _options(self.small, coupling, plan, _settled(self.small))
         self._alike = _alike(options, sure)
         _set_torch_attributes(self.small)
@@ -112,7 +112,7 @@ class Readings:
         slots = [(s, key.own) for key, alike in self._alike.items() for s in alike if covered(s.module)]
         changed = [(slot, own) for slot, own in slots if _read(self.small, slot) != own]
         for slot, own in changed:
-            _write(self.small, slot, own)
+            write(self.small, slot, own)
         return bool(changed)
 
     def take_back(self, problem: Callable[[nn.Module], str], read: Callable[[str], bool] = lambda path: True) -> None:
@@ -139,7 +139,7 @@ def _copied(model: nn.Module, plan: Plan) -> nn.Module:
 # -- attributes of torch.nn modules ------------------------------------------------------------------------------
 
 
-def _refresh(model: nn.Module) -> None:
+def refresh(model: nn.Module) -> None:
     """Bring weights that hooks of torch.nn.utils compute before each forward in line with what they come from."""
     for _, module in modules(model):
         computing = [h for h in module._forward_pre_hooks.values() if type(h).__module__.startswith("torch.nn.utils.")]
@@ -239,7 +239,7 @@ def _holding(small: nn.Module, path: str, old: int, settled: Mapping[str, Mappin
                 own = [
                     Slot(path, name, index, config)
                     for config, held in vars(module).items()
-                    if _is_config(held)
+                    if is_config(held)
                     for name, index in _ints(vars(held), old)
                 ]
             if own:
@@ -259,7 +259,7 @@ def _ints(attributes: Mapping[str, Any], value: int) -> Iterator[tuple[str, int 
                     yield name, index
 
 
-def _is_config(held: Any) -> bool:
+def is_config(held: Any) -> bool:
     """A plain object with fields, such as a Hugging Face config."""
     return hasattr(held, "__dict__") and not isinstance(held, (nn.Module, type)) and not callable(held)
 
@@ -287,7 +287,7 @@ def _alike(options: Mapping[Slot, Sequence[int]], sure: Collection[Slot]) -> dic
 
 def _write_all(model: nn.Module, slots: Sequence[Slot], value: int) -> None:
     for slot in slots:
-        _write(model, slot, value)
+        write(model, slot, value)
 
 
 def _owner(model: nn.Module, slot: Slot) -> Any:
@@ -300,7 +300,7 @@ def _read(model: nn.Module, slot: Slot) -> int:
     return int(held if slot.index is None else held[slot.index])
 
 
-def _write(model: nn.Module, slot: Slot, value: int) -> None:
+def write(model: nn.Module, slot: Slot, value: int) -> None:
     """Set the int; a config is copied first, since modules share it, and shared again where it ends up the same."""
     if _read(model, slot) == value:
         return

@@ -268,7 +268,9 @@ class GroupFisher:
         with self._masks.filled(self._start):
             rewritten, verification = emit_verified(self.model, self.inputs, self.coupling, plan, emit=emit)
         reported = report(self.coupling, plan, self.target, rewritten, verification)
-        return Result(rewritten.model, plan, self.coupling, reported, names_of(self.model))
+        return Result(
+            rewritten.model, plan, self.coupling, reported, names_of(self.model), self.inputs, rewritten.changes
+        )
 
     def __str__(self) -> str:
         spent = self.problem.spent(self.choice)
