@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib
 import importlib.metadata
 import json
 import os
@@ -129,7 +130,7 @@ def _in_fresh_process(network: str, way: str, folder: Path, repeats: int) -> Rec
     command = [sys.executable, __file__, "--load", network, way, str(folder), str(repeats)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     if done.returncode:
-        return {"failed": (done.stderr.strip().splitlines() or ["no message"])[-1][:300]}
+        return {"failed": next((s for s in reversed(done.stderr.splitlines()) if "Error: " in s), "no message")[:300]}
     found: Record = json.loads(done.stdout.strip().splitlines()[-1])
     return found
 
@@ -153,6 +154,8 @@ def load_elsewhere(network: str, way: str, folder: Path, repeats: int) -> Record
 
 def _loads(network: str, way: str, folder: Path) -> Callable[[], nn.Module]:
     if way == "graph":
+        if network == "transformers:Mixtral":  # registers an op that its experts call
+            importlib.import_module("transformers.integrations.moe")
         return lambda: gp.load(folder / "artefact")
     if way in ("pickle", "peer"):
         return lambda: torch.load(folder / f"{way}.pt", weights_only=False)
@@ -169,10 +172,10 @@ def _auto(model: Any) -> nn.Module:
     """What `AutoModel...from_config` makes of the model's config."""
     import transformers
 
-    tasks = {"ForConditionalGeneration": ["Seq2SeqLM", "SpeechSeq2Seq"], "": [""]}
+    tasks = {"ConditionalGeneration": ("Seq2SeqLM", "SpeechSeq2Seq")}
     kind = type(model).__name__
-    found = next((tasks.get(f"For{t}", [t]) for t in [kind.partition("For")[2]]), [""])
-    for task in found:
+    said = "CausalLM" if kind.endswith("LMHeadModel") else kind.partition("For")[2]
+    for task in tasks.get(said, (said,)):
         auto = getattr(transformers, f"AutoModelFor{task}" if task else "AutoModel")
         if type(model.config) in auto._model_mapping:
             made: nn.Module = auto.from_config(model.config)

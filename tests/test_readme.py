@@ -23,6 +23,9 @@ def test_every_python_block_runs_in_order(capsys):
     assert type(scope["smaller"]) is type(scope["detector"])
     assert scope["boxes"].shape[1] == 4  # type: ignore[attr-defined]
     assert scope["small"][0].out_channels == 4  # type: ignore[index]
+    assert scope["done"].error == 0  # type: ignore[attr-defined]
+    x = torch.rand(2, 7, 8)
+    assert torch.equal(scope["again"](x), scope["alone"](x))  # type: ignore[operator]
     net, largest = scope["net"], scope["by_largest"].plan.groups["0"]  # type: ignore[attr-defined,index]
     members = [net[0].weight, net[0].bias, net[1].weight, net[1].bias, net[3].weight.transpose(0, 1)]  # type: ignore[index]
     scores = torch.cat([m.detach().reshape(16, -1) for m in members], 1).abs().amax(1)

@@ -35,7 +35,10 @@ def write(program: torch.export.ExportedProgram, path: Path) -> None:
             warnings.simplefilter("ignore")
             torch.onnx.export(program, (), path, dynamo=True, external_data=size > EMBEDDED, verbose=False)
     except Exception as error:
-        said = str(error).strip().splitlines()
+        cause: BaseException = error  # torch's message is about its own steps, and its cause about the model
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        said = str(cause).strip().splitlines()
         raise ArtefactError(
             f"torch cannot export this model to ONNX: {said[0] if said else type(error).__name__}"
         ) from error
