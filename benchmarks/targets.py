@@ -32,6 +32,7 @@ import targets_table
 import torch
 from results_file import Results, environment
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import graphprune as gp
@@ -129,10 +130,17 @@ def achieved(
 
 
 def counted(model: nn.Module, inputs: Any) -> Record:
-    """Multiply-adds as torch counts them, and parameters one by one."""
-    given = Inputs.of(inputs)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(*given.args, **given.kwargs)
+    """Multiply-adds as torch counts them, and parameters one by one.
+
+    Torch counts matrix products; of fused kernels for attention on a CPU it knows nothing, so they are switched off.
+    """
+    given, fast = Inputs.of(inputs), torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(*given.args, **given.kwargs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     return {"macs": counter.get_total_flops() / 2, "params": sum(p.numel() for p in model.parameters())}
 
 

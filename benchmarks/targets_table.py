@@ -83,8 +83,9 @@ def _emitted(networks: Mapping[str, Record]) -> list[str]:
     return [
         "## Counted on the modules that come out",
         "",
-        "MACs by `torch.utils.flop_counter.FlopCounterMode` (half its FLOPs), parameters one by one, on one plan for",
-        "each target, with scores of mean 1; equal to the last digit, or not counted here.",
+        "MACs by `torch.utils.flop_counter.FlopCounterMode` (half its FLOPs), parameters one by one, on one plan",
+        "for each target, with scores of mean 1; equal to the last digit, or not counted here. Fused attention is off",
+        "while torch counts, which knows only matrix products.",
         "",
         *table(header, rows),
         "",

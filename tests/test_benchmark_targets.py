@@ -53,6 +53,13 @@ def test_what_comes_out_is_counted_by_others_means(measured):
         assert plan["said"] != measured["counted"]
 
 
+def test_attention_is_counted_too():
+    layer = nn.TransformerEncoderLayer(12, 3, 20, batch_first=True).eval()
+    x = torch.rand(2, 7, 12)
+    coupling = gp.couple(gp.trace(layer, x))
+    assert targets.counted(layer, x)["macs"] == gp.cost.macs(coupling).at({}) > 0
+
+
 def test_a_budget_that_is_passed_and_room_that_is_left_are_noticed():
     coupling, orders = targets_nets.small(0)
     costs = {"macs": gp.cost.macs(coupling)}
