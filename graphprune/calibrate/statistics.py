@@ -196,16 +196,19 @@ class Moments(Statistic):
 
     def add(self, consumer: Consumer, x: torch.Tensor, kernel: tuple[int, ...]) -> None:
         """Add the input of one call; `kernel` is the size of its kernel."""
-        for rows in columns(consumer, x, kernel, self.taps):
+        x = _batched(consumer, x, kernel)
+        if self.products is None:  # sums of columns are columns of sums
+            for sums, table in ((self.total, x), (self.squares, x.square())):
+                for rows in _columns(consumer, table.sum(0, keepdim=True), kernel, self.taps):
+                    sums += rows.double().sum(1).cpu()
+            self.count += len(x) * rows.shape[1]
+            return
+        for rows in _columns(consumer, x, kernel, self.taps):
             self.count += rows.shape[1]
-            if self.products is None:
-                self.total += rows.sum(1).double().cpu()
-                self.squares += rows.square().sum(1).double().cpu()
-            else:
-                total, _, products = summed(rows)
-                self.total += total
-                self.squares += products.diagonal(dim1=1, dim2=2)
-                self.products += products
+            total, _, products = summed(rows)
+            self.total += total
+            self.squares += products.diagonal(dim1=1, dim2=2)
+            self.products += products
 
     @property
     def mean(self) -> torch.Tensor:
@@ -257,11 +260,20 @@ def columns(
         samples: how many samples a piece has; by default as many as `CHUNK` allows.
         most: how many positions of a sample to use, evenly spaced; by default all of them.
     """
+    return _columns(consumer, _batched(consumer, x, kernel), kernel, taps, samples=samples, most=most)
+
+
+def _batched(consumer: Consumer, x: torch.Tensor, kernel: tuple[int, ...]) -> torch.Tensor:
+    """An input as (samples, channels, *positions), in at least float32."""
     x = x.detach() if x.dtype == torch.float64 else x.detach().float()
     if not consumer.node.op.startswith("conv"):
-        x = x.reshape(len(x), -1, x.shape[-1]).mT if x.dim() > 2 else x.reshape(-1, x.shape[-1], 1)
-    elif x.dim() == len(kernel) + 1:
-        x = x[None]
+        return x.reshape(len(x), -1, x.shape[-1]).mT if x.dim() > 2 else x.reshape(-1, x.shape[-1], 1)
+    return x[None] if x.dim() == len(kernel) + 1 else x
+
+
+def _columns(
+    consumer: Consumer, x: torch.Tensor, kernel: tuple[int, ...], taps: int, *, samples: int = 0, most: int = 0
+) -> Iterator[torch.Tensor]:
     for piece in torch.split(x, samples or max(1, CHUNK // max(1, x[0].numel() * taps))):
         unfold = taps > 1 or (math.prod(kernel) == 1 and _skips(consumer))
         positions = _unfolded(consumer, piece, kernel, most) if unfold else _thinned(piece.flatten(2), most)
