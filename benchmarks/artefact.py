@@ -85,6 +85,7 @@ def measure(network: str, repeats: int) -> Record:
     model, inputs = built(network)
     result = gp.prune(model, inputs, target=gp.Target(channels=0.5))
     row: Record = {"emitter": result.report.emitter, "kept": result.report.costs["params"].kept}
+    row["load_average"] = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         start = time.perf_counter()
@@ -218,11 +219,13 @@ def text(results: Record) -> str:
     }
     kept = {way: f"{sum(bool(f.get('same')) for f in found)} of {len(found)}" for way, found in counted.items()}
     onnx = [r["onnx"]["error"] for r in rows.values() if "error" in r.get("onnx", {})]
+    loads = [row["load_average"] for row in rows.values() if "load_average" in row]
     lines = [
         "# Saved models",
         "",
         f"Written by `benchmarks/artefact.py` on {env['date']}: {versions}; {env['threads']} thread(s) of "
-        f"{env['cpus']} CPUs; medians of {env['repeats']}.",
+        f"{env['cpus']} CPUs; medians of {env['repeats']}, load average "
+        f"{min(loads, default=0):.1f} to {max(loads, default=0):.1f} in the {len(loads)} rows that noted it.",
         "",
         f"Loaded in a fresh process with the same bits in every output: into the class {kept['class']}, as a graph "
         f"module {kept['graph']}, into what `AutoModel...from_config` gives {kept['auto']}. ONNX: {len(onnx)} of "

@@ -296,7 +296,7 @@ def parsed(text: bytes, path: Path) -> Any:
         ArtefactError: it is none.
     """
     try:
-        return json.loads(text, parse_constant=_refused)
+        return json.loads(text.decode("utf-8"), parse_constant=_refused)  # bytes would be looked at for other encodings
     except (ValueError, RecursionError, MemoryError) as error:
         said = str(error).splitlines()[0][:200] if str(error) else ""
         raise ArtefactError(f"{path} is no JSON that can be read: {type(error).__name__}: {said}") from error

@@ -293,7 +293,9 @@ def test_a_manifest_that_is_too_long_is_not_read(starts, tmp_path):
         gp.load(tmp_path)
 
 
-@pytest.mark.parametrize("text", [b"\xff\xfe", b"[" * 100_000, b'{"needs": NaN}', b"1" * 10_000])
+@pytest.mark.parametrize(
+    "text", [b"\xff\xfe", '{"needs": 1}'.encode("utf-32"), b"[" * 100_000, b'{"needs": NaN}', b"1" * 10_000]
+)
 def test_json_that_cannot_be_read_is_refused(text, starts, tmp_path):
     place(starts["convolutional"], tmp_path, manifest=text)
     with pytest.raises(gp.ArtefactError, match=r"artefact.json is no JSON that can be read"):
