@@ -43,6 +43,19 @@ class Wanted:
 def load(spec: str, loaded: Loaded, wanted: Wanted) -> list[Any]:
     """The batches that `spec` names, each a pair of inputs and targets, in the size and colours of the model.
 
+    What a file's loader draws at random is the same in each command, so that a scan can go on.
+
+    Raises:
+        InputError: there is no such data, or it holds nothing.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return _read(spec, loaded, wanted)
+
+
+def _read(spec: str, loaded: Loaded, wanted: Wanted) -> list[Any]:
+    """As `load`.
+
     Raises:
         InputError: there is no such data, or it holds nothing.
     """

@@ -113,7 +113,7 @@ def explain(
 
 @app.command(
     short_help="What each group is worth to the loss.",
-    epilog=examples("sensitivity timm:resnet18 --weights pretrained --data val/ --by class"),
+    epilog=examples("sensitivity timm:resnet18 --data val/ --by class"),
 )
 def sensitivity(
     model: options.Model,

@@ -26,8 +26,8 @@ FORMATS = {".onnx": "onnx", ".pt2": "torch_export"}
     short_help="A smaller model, proved and written.",
     epilog=examples(
         "prune timm:resnet18 --macs 0.5 --out small --report small.html",
-        "prune net.py:make --params 0.4 --importance taylor --data val.npz --out small",
-        "prune timm:vit_tiny_patch16_224 --channels 0.5 --multiple-of 8 --out small",
+        "prune net.py:make --params 0.4 --importance taylor --data val.npz",
+        "prune timm:vit_tiny_patch16_224 --channels 0.5 --multiple-of 8",
     ),
 )
 def prune(

@@ -63,28 +63,39 @@ def load(spec: str, weights: str | None = None, given: Sequence[str] = (), origi
     Args:
         spec: see FORMS.
         weights: a file of a state dict (safetensors, or what `torch.save` wrote), "pretrained" or "random"; with None
-            what the source gives: random ones from timm and torchvision, those on disk from Hugging Face.
+            what the source gives: those of Hugging Face, and random ones from timm and torchvision, always the same.
         given: example inputs, one text each, see `example`; without any, those of the source.
         original: for an artefact, an instance of its class to load it into; with None it is loaded without its class.
     Raises:
         InputError: there is no such model, or the weights do not fit.
         ArtefactError: the directory holds no artefact that can be used.
     """
-    source, _, name = spec.partition(":")
-    if Path(spec).is_dir():
-        found = _artefact(spec, original)
-    elif source in _SOURCES and name:
-        found = _SOURCES[source](spec, name, weights)
-    elif ".py:" in spec:
-        found = _from_file(spec)
-    else:
-        raise InputError(f"no model {spec!r}: it is {FORMS}")
+    source = spec.partition(":")[0]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # random weights are the same ones in each command
+        found = _found(spec, weights, original)
     if weights not in (None, PRETRAINED, RANDOM):
         _put(found.model, Path(weights or ""))
     elif weights is not None and (source not in _SOURCES or Path(spec).is_dir()):
         raise InputError(f"--weights {weights} goes with timm, torchvision and hf models; for {spec} name a file")
     found.model.eval()
     return replace(found, inputs=example(given)) if given else found
+
+
+def _found(spec: str, weights: str | None, original: nn.Module | None) -> Loaded:
+    """The model, from where it is.
+
+    Raises:
+        InputError: the text is of no form.
+    """
+    source, _, name = spec.partition(":")
+    if Path(spec).is_dir():
+        return _artefact(spec, original)
+    if source in _SOURCES and name:
+        return _SOURCES[source](spec, name, weights)
+    if ".py:" in spec:
+        return _from_file(spec)
+    raise InputError(f"no model {spec!r}: it is {FORMS}")
 
 
 # -- sources ----------------------------------------------------------------------------------------------------------
@@ -222,7 +233,9 @@ def _imported(path: Path) -> ModuleType:
     module = sys.modules[name] = importlib.util.module_from_spec(found)
     sys.path.insert(0, str(path.parent))
     try:
-        found.loader.exec_module(module)
+        with torch.random.fork_rng():  # what follows draws the same whether or not the file was imported before
+            torch.manual_seed(0)
+            found.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
         raise InputError(f"{path.name} cannot be imported: {type(error).__name__}: {error}") from error

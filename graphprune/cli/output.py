@@ -70,7 +70,7 @@ def explained(option: str = "the target") -> Iterator[None]:
 
 def told(message: str, code: int) -> int:
     """The exit code, once stderr says what is wrong."""
-    typer.echo(f"graphprune: {message}", err=True)
+    show(f"graphprune: {message}", err=True)
     return code
 
 
@@ -82,14 +82,14 @@ def doing(what: str, quiet: bool) -> Iterator[None]:
         yield
 
 
-def show(text: str) -> None:
+def show(text: str, *, err: bool = False) -> None:
     """Text as it is, long lines broken where the terminal ends and indented below what they say."""
     width = Console().width
     for line in text.splitlines() or [""]:
         inner = " " * (INDENT if line.startswith("  ") else len(line) - len(line.lstrip()))
         options = {"break_long_words": False, "break_on_hyphens": False}
         for part in textwrap.wrap(line, width, subsequent_indent=inner, **options) or [""]:  # type: ignore[arg-type]
-            typer.echo(part)
+            typer.echo(part, err=err)
 
 
 def as_json(data: Any) -> None:
