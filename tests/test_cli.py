@@ -233,12 +233,21 @@ def test_prune_hands_on_what_it_is_told(net, tmp_path):
         "prune", f"{net}:pair", *target, *criterion, "--emit", "graph", "--no-verify", "--out", tmp_path / "o"
     )
     report = answer["report"]
-    asked = {"channels": 0.9, "multiple_of": 2, "floor": 0.5, "protect": ["b"]}
+    asked = {"channels": 0.9, "multiple_of": 2, "floor": 0.5, "protect": ["b"], "max_removed": 1.0}
     assert {name: value for name, value in report["requested"].items() if value} == asked
     assert (report["emitter"], report["verification"], report["allocation"]) == ("graph", None, "global")
     assert report["importance"] == "Gamma(reduction='max', otherwise=Magnitude(p=1))"
     assert {w["name"]: w["after"] for w in report["groups"]}["b"] == 5
     assert answer["written"] == [str(tmp_path / "o")]
+
+
+def test_prune_meets_a_time_that_is_measured(net, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    answer = found("prune", f"{net}:pair", "--latency", 0.999, "--seconds", 1, "--max-removed", 0.5)["report"]
+    assert (answer["requested"]["latency"], answer["requested"]["max_removed"]) == (0.999, 0.5)
+    assert answer["costs"]["latency"]["after"] <= 0.999 * answer["costs"]["latency"]["before"]
+    assert answer["measured"]["before"] > 0
+    assert all(w["after"] >= w["before"] // 2 for w in answer["groups"])
 
 
 def test_prune_repairs_with_data(net):

@@ -227,7 +227,7 @@ def test_an_out_that_cannot_be_written_to_is_refused_before_training(
         ("1.5", "the fraction kept lies in (0, 1]"),
         ("-0.5", "the fraction kept lies in (0, 1]"),
         ("nan", "the fraction kept lies in (0, 1]"),
-        ("0.001", "ask for at least that"),
+        ("0.001", "ask for at least what is left"),
     ],
 )
 def test_a_bad_target_is_refused_before_training_in_the_words_of_the_library(

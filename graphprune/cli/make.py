@@ -14,6 +14,7 @@ from graphprune.cli import data, models, options
 from graphprune.cli.output import as_json, doing, explained, show
 from graphprune.cli.root import app, examples
 from graphprune.export import export as write_as
+from graphprune.latency import Latency
 from graphprune.pruning import Result
 from graphprune.pruning import prune as prune_model
 
@@ -39,8 +40,10 @@ def prune(
     macs: Fraction = None,
     params: Fraction = None,
     memory: Fraction = None,
+    latency: Fraction = None,
     channels: Fraction = None,
     multiple_of: Annotated[int, typer.Option(help="Widths are multiples of this, or stay as they are.")] = 1,
+    max_removed: Annotated[float, typer.Option(help="Most of each group that goes, a fraction.")] = 1.0,
     floor: Annotated[str, typer.Option(help="Least that a group keeps: channels (4), or a fraction (0.1).")] = "1",
     protect: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Group or pattern that stays whole.")
@@ -58,6 +61,7 @@ def prune(
     batchnorm: Annotated[
         bool, typer.Option("--batchnorm", help="New statistics of batch norms; needs --data.")
     ] = False,
+    seconds: Annotated[float, typer.Option(help="How long is measured for --latency, about.")] = 60.0,
     data_: options.Data = None,
     loss: options.Loss = "cross_entropy",
     batch_size: options.BatchSize = 32,
@@ -72,8 +76,8 @@ def prune(
     reports = options.check_report(report or [])
     with explained("the target"):
         target = Target(
-            macs=macs, params=params, memory=memory, channels=channels, multiple_of=multiple_of,
-            floor=_floor(floor), protect=tuple(protect or ()),
+            macs=macs, params=params, memory=memory, latency=latency, channels=channels, multiple_of=multiple_of,
+            max_removed=max_removed, floor=_floor(floor), protect=tuple(protect or ()),
         )  # fmt: skip
         with doing("loading", quiet or json):
             loaded = models.load(model, weights, given or ())
@@ -81,12 +85,14 @@ def prune(
             batches = options.batches(data_, loaded, batch_size, samples)
         criterion = options.criterion(importance, batches, loss, otherwise)
         ways: Any = {"allocation": allocation, "emit": emit, "repair": repair}
+        clock = Latency(seconds=seconds, progress=False if quiet or json else None)
         with doing("pruning", quiet or json):
             result = prune_model(
                 loaded.model,
                 example,
                 target=target,
                 importance=criterion,
+                latency=clock,
                 norms="prune" if norms else "pin",
                 verify=verify,
                 keep_names=keep or (),
