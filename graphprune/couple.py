@@ -208,12 +208,13 @@ class _Builder:
                 renormalised.setdefault(atom, node)
         slots = self._slots()
         names = _names({atom: found[0].best for atom, found in slots.items()}, self.dims, self.axes)
-        groups, pinned, atoms = [], [], {}
+        groups, pinned, atoms, pins = [], [], {}, {}
         for atom, found in slots.items():
             members = Members([occurrence.members for occurrence in found])
             pin = self.axes.pin_of(atom)
             if pin is not None:
                 pinned.append(PinnedAxis(names[atom], atom.size, members, pin.reason, str(pin.where)))
+                pins[names[atom]] = atom
                 continue
             by = renormalised.get(atom)
             exactness: Exactness = "exact" if by is None else "renormalised"
@@ -230,6 +231,7 @@ class _Builder:
             atoms=atoms,
             again=again,
             left={value.target: dim for value, dim in self.left.items()},
+            pins=pins,
         )
 
     def _pin_unread(self) -> None:

@@ -118,6 +118,7 @@ class Coupling:
         again: couples another program of the same model with the same options.
         left: per parameter name, the dim along which it is left as it is where channels are zeroed, because another
             parameter makes the result zero there and the op is not finite without it (the direction of a weight norm).
+        pins: per name of what is pinned, the atom it is.
     """
 
     program: Program
@@ -130,6 +131,7 @@ class Coupling:
     atoms: Mapping[str, Atom] = field(repr=False)
     again: Callable[[Program], Coupling] = field(repr=False)
     left: Mapping[str, int] = field(repr=False, default_factory=dict)
+    pins: Mapping[str, Atom] = field(repr=False, default_factory=dict)
 
     def group(self, name: str) -> Group:
         """The group called `name`.
@@ -172,7 +174,8 @@ class Coupling:
     def graph(self) -> nx.Graph:
         """Slots (value name, dim) joined by the ops that make them one index set; edges carry their `node`.
 
-        Of the slots that one op ties, each is joined to the first.
+        Parameters and buffers go by their own names, other values by a % and theirs. Of the slots that one op ties,
+        each is joined to the first.
         """
         graph = nx.Graph()
         for applied in self.applied.values():
@@ -209,9 +212,7 @@ class Coupling:
 
     def _chain(self, a: tuple[str, Value, int], b: tuple[str, Value, int], atom: Atom) -> str:
         title = f"{a[0]} dim {a[2]} and {b[0]} dim {b[2]} share {atom.size} channels{self._group_of(atom)}:"
-        within = self.graph.edge_subgraph(
-            [e for e in self.graph.edges if all(atom in self._leaves_of(slot) for slot in e)]
-        )
+        within = self.graph.subgraph(self.occurrences.get(atom, ()))
         ends = (_label(a[1]), a[2]), (_label(b[1]), b[2])
         if not all(end in within for end in ends) or not nx.has_path(within, *ends):
             return f"{title} they are the same index set by their sizes alone"
@@ -229,6 +230,15 @@ class Coupling:
                 return f" (group {name})"
         pin = self.axes.pin_of(atom)
         return f" (pinned: {pin})" if pin else ""
+
+    @functools.cached_property
+    def occurrences(self) -> Mapping[Atom, Mapping[tuple[str, int], None]]:
+        """Per atom, the slots of `graph` that it occurs in, in order."""
+        found: dict[Atom, dict[tuple[str, int], None]] = {}
+        for slot in self.graph:
+            for atom in self._leaves_of(slot):
+                found.setdefault(atom, {})[slot] = None
+        return found
 
     @functools.cached_property
     def _by_label(self) -> Mapping[str, Value]:

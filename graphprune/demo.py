@@ -108,8 +108,8 @@ class Stage:
 
     name: str
     accuracy: float
-    macs: int
-    params: int
+    macs: int | float
+    params: int | float
     latency: float
 
 

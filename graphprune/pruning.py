@@ -18,11 +18,12 @@ from graphprune.couple import couple
 from graphprune.coupling import Coupling
 from graphprune.errors import InputError, PlanError, VerificationError
 from graphprune.importance import Importance, Magnitude
+from graphprune.importance.fallback import scored_by
 from graphprune.latency import Latency, Predictor
 from graphprune.plan import Plan
 from graphprune.recover import Method, Repair
 from graphprune.recover import repair as repair_weights
-from graphprune.report import Report, report
+from graphprune.report import Choice, Report, report
 from graphprune.rewrite import Change, Emit, Rewritten, rewrite
 from graphprune.trace import Inputs, parameters, trace
 from graphprune.verify import Bench, Verification
@@ -117,7 +118,8 @@ def prune(
     coupling = couple(trace(model, inputs), norms=norms, on_unknown=on_unknown, keep_names=keep_names)
     require_groups(coupling)
     predicted = prediction(latency, target, model, inputs, coupling)
-    plan = allocate(importance(model, coupling), target, coupling, method=allocation, latency=predicted)
+    scores = importance(model, coupling)
+    plan = allocate(scores, target, coupling, method=allocation, latency=predicted)
     rewritten, verification, repaired = carry_out(
         model,
         inputs,
@@ -132,7 +134,8 @@ def prune(
     )
     times = compared(latency, target, model, rewritten.model, inputs)
     found = rewritten, verification, repaired
-    reported = report(coupling, plan, target, *found, latency=predicted, measured=times)
+    choice = Choice(importance, allocation, scores, scored_by(scores))
+    reported = report(coupling, plan, target, *found, choice=choice, latency=predicted, measured=times)
     return Result(rewritten.model, plan, coupling, reported, names_of(model), inputs, rewritten.changes)
 
 

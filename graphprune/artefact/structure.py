@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -120,7 +120,7 @@ def describe(result: Result, no_graph: str) -> tuple[Structure, dict[str, torch.
             {"name": v.target, "shape": list(v.shape), "dtype": str(v.dtype).removeprefix("torch.")}
             for v in result.coupling.program.inputs
         ),
-        report=as_data(report),
+        report=json.loads(report.to_json()),
         no_graph=no_graph,
     )
     return structure, tensors
@@ -187,19 +187,6 @@ def _graft(module: nn.Module, path: str, result: Result) -> Graft:
     prefix = f"{path}." if path else ""
     constants = tuple(name for name in module._buffers if prefix + name not in known)
     return Graft(code.from_source(source_of(module)), constants)
-
-
-def as_data(value: Any) -> Any:
-    """Dataclasses, tables and sequences as plain data; numbers that JSON has no form for as text."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: as_data(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(k): as_data(v) for k, v in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, (type(None), bool, int, float, str)):
-        return value
-    return [as_data(v) for v in value] if isinstance(value, Iterable) else str(value)
 
 
 # -- structure to data and back ----------------------------------------------------------------------------------

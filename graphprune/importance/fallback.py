@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Mapping
 
+import torch
 from torch import nn
 
 from graphprune.coupling import Coupling
 from graphprune.errors import CriterionError
-from graphprune.importance.protocol import Importance, Scores
+from graphprune.importance.protocol import Importance, Order, Scores
+
+
+class Completed(dict[str, "torch.Tensor | Order"]):
+    """Scores of several criteria.
+
+    Args:
+        scores: of all groups.
+        others: per group that the first criterion had nothing to say about, the one that scored it.
+    """
+
+    def __init__(self, scores: Scores, others: Mapping[str, Importance]) -> None:
+        super().__init__(scores)
+        self.others = others
 
 
 def complete(scores: Scores, model: nn.Module, coupling: Coupling, otherwise: Importance | None, why: str) -> Scores:
@@ -35,7 +50,14 @@ def complete(scores: Scores, model: nn.Module, coupling: Coupling, otherwise: Im
             "such as otherwise=graphprune.importance.Magnitude()"
         )
     others = otherwise(model, coupling)
-    return {**scores, **{name: others[name] for name in missing if name in others}}
+    added = {name: others[name] for name in missing if name in others}
+    by = scored_by(others)
+    return Completed({**scores, **added}, {name: by.get(name, otherwise) for name in added})
+
+
+def scored_by(scores: Scores) -> Mapping[str, Importance]:
+    """Per group that an `otherwise` scored, which criterion that was."""
+    return scores.others if isinstance(scores, Completed) else {}
 
 
 def listed(names: list[str]) -> str:

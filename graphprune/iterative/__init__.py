@@ -21,6 +21,7 @@ from graphprune.calibrate import Loss
 from graphprune.couple import couple
 from graphprune.files import fingerprint
 from graphprune.importance import Importance, Magnitude
+from graphprune.importance.fallback import scored_by
 from graphprune.iterative.lineage import Lineage
 from graphprune.iterative.schedule import Schedule, targets
 from graphprune.iterative.store import Store
@@ -38,7 +39,7 @@ from graphprune.pruning import (
     require_groups,
 )
 from graphprune.recover import Method
-from graphprune.report import Report, report
+from graphprune.report import Choice, Report, report
 from graphprune.rewrite import Emit, changes
 from graphprune.trace import Inputs, held, trace
 
@@ -165,9 +166,11 @@ def prune_iteratively(
         saved = store.read(number) if going_on else None
         going_on = saved is not None
         if saved:
-            plan = saved.plan
+            plan, choice = saved.plan, Choice(importance, allocation, {})
         else:
-            scores = lineage.lifted(importance(before, coupling), coupling)
+            given = importance(before, coupling)
+            named = lineage.named(given, coupling), lineage.named(scored_by(given), coupling)
+            choice, scores = Choice(importance, allocation, *named), lineage.lifted(given, coupling)
             if not plans:
                 allocates(scores, target, lineage.coupling)  # better refused now than after training
             plan = lineage.below(allocates(scores, lineage.capped(aim), lineage.coupling), coupling)
@@ -177,7 +180,8 @@ def prune_iteratively(
         carried = carry(before, inputs, coupling, plan, **ways)
         small = carried[0].model
         times = compared(latency, target, model, small, inputs)
-        reported = report(lineage.coupling, lineage.plan, aim, *carried, latency=predicted, measured=times)
+        ways = {"choice": choice, "latency": predicted, "measured": times}
+        reported = report(lineage.coupling, lineage.plan, aim, *carried, **ways)
         result = Result(small, plan, coupling, reported, names_of(before), inputs, carried[0].changes)
         optimizer = None if optimizer is None else migrate(optimizer, result, unfit=unfit)
         if saved:

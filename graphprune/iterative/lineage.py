@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from graphprune.coupling import Coupling, Group
 from graphprune.errors import InputError, UnknownName
 from graphprune.importance import Order, Removal, Scores, ordered
 from graphprune.plan import Plan
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +124,11 @@ class Lineage:
             if name not in matched and len(left) == 1 < self.plan.sizes[name]:
                 found[name] = Lifted(one, left, self.plan.sizes[name])
         return found
+
+    def named(self, found: Mapping[str, T], later: Coupling) -> dict[str, T]:
+        """What was found of the groups of a model with what is left, by the names of the original's groups."""
+        origins = self.origins(later) if found else {}
+        return {origins[name][0]: item for name, item in found.items() if name in origins}
 
     def capped(self, target: Target) -> Target:
         """The target under which no group gets more than is left of it, where it says nothing of channels itself."""

@@ -1,50 +1,49 @@
-"""What was asked for, what came out, what stayed whole and why: as data, and as text."""
+"""What was asked for, what came out, what stayed whole and why: as data, text, Markdown, HTML and figures.
+
+`records` is what a report holds, `gather` puts it together, `codec` makes JSON of it; `text`, `markdown`, `page` and
+`plots` show it.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 from graphprune.allocate import Target
 from graphprune.cost import COSTS, Costs, widths
-from graphprune.coupling import Coupling, PinnedAxis, Unknown
+from graphprune.coupling import Coupling, Unknown
+from graphprune.errors import GraphpruneError, InputError
+from graphprune.files import write_whole
+from graphprune.importance import Importance, Scores
 from graphprune.plan import Plan
 from graphprune.program import Program
-from graphprune.recover import Quality, Repair
+from graphprune.recover import Repair
+from graphprune.report import gather, markdown, page, plots, text
+from graphprune.report.codec import decoded, encoded
+from graphprune.report.records import Change, Histogram, Layer, Op, Pinned, Slot, Stage, Width
 from graphprune.rewrite import Rewritten
+from graphprune.sensitivity import Sensitivity
 from graphprune.verify import Verification
 
+__all__ = [
+    "Change",
+    "Choice",
+    "Histogram",
+    "Layer",
+    "Op",
+    "Pinned",
+    "Report",
+    "Slot",
+    "Stage",
+    "Width",
+    "report",
+]
 
-@dataclass(frozen=True)
-class Width:
-    """One group before and after."""
-
-    name: str
-    before: int
-    after: int
-    members: int
-    exactness: str
-
-
-@dataclass(frozen=True)
-class Change:
-    """One cost before and after."""
-
-    before: int
-    after: int
-
-    @property
-    def kept(self) -> float:
-        """Fraction kept; 1 for a cost of nothing."""
-        return self.after / self.before if self.before else 1.0
-
-    def __str__(self) -> str:
-        return f"{self.before:>15,} -> {self.after:>15,}  ({self.kept:.3f} kept)"
-
-    def timed(self, how: str) -> str:
-        """Of nanoseconds, the same in milliseconds."""
-        return f"{self.before / 1e6:>15,.3f} -> {self.after / 1e6:>15,.3f}  ({self.kept:.3f} kept, ms {how})"
+FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -54,9 +53,9 @@ class Report:
     Attributes:
         model_class: name of the pruned class.
         requested: the target.
-        costs: macs, params and channels, before and after; MACs at the example inputs. With a latency in the target
-            also that, in nanoseconds, as predicted.
-        groups: width of every group before and after.
+        costs: macs, params, memory in bytes and channels, before and after, at the example inputs; with a latency in
+            the target also that, predicted, in nanoseconds.
+        groups: every group before and after.
         pinned: parts of parameters that stayed whole, with the cause.
         unknown: ops without a rule.
         unused: parameters and buffers that the traced forward does not read.
@@ -66,15 +65,20 @@ class Report:
         grafts: paths of the modules whose forward comes from the trace.
         verification: what the comparison with the zeroed original found before any repair; None if switched off.
         repair: what repair did and was worth; None if none was asked for.
-        measured: nanoseconds that the original and the smaller model took, measured in turn; None without a latency
-            in the target, and where times are not this device's.
+        importance: the criterion and its options, as far as they are plain; empty where nothing was scored.
+        allocation: how the target was shared out over the groups; empty where nothing was scored.
+        layers: modules with costs of their own, before and after.
+        stages: the calls between which channels flow, in order.
+        ops: the calls that `groups` and `stages` speak of by position.
+        sensitivity: a scan of the model; None if there was none.
+        measured: nanoseconds that the original and the smaller model took, measured in turn; None if they were not.
     """
 
     model_class: str
     requested: Target
     costs: Mapping[str, Change]
     groups: tuple[Width, ...]
-    pinned: tuple[PinnedAxis, ...]
+    pinned: tuple[Pinned, ...]
     unknown: tuple[Unknown, ...]
     unused: tuple[str, ...]
     traced: str
@@ -83,84 +87,140 @@ class Report:
     grafts: tuple[str, ...]
     verification: Verification | None
     repair: Repair | None = None
+    importance: str = ""
+    allocation: str = ""
+    layers: tuple[Layer, ...] = field(default=(), repr=False)
+    stages: tuple[Stage, ...] = field(default=(), repr=False)
+    ops: tuple[Op, ...] = field(default=(), repr=False)
+    sensitivity: Sensitivity | None = field(default=None, repr=False)
     measured: Change | None = None
 
     def __str__(self) -> str:
         """A summary of one screen; `table()` has every group."""
-        asked = self.requested
-        lines = [f"graphprune: {self.model_class}, requested {asked}"]
-        for name, change in self.costs.items():
-            lines.append(f"  {name:<9} " + (change.timed("predicted") if name == "latency" else str(change)))
-        if self.measured is not None:
-            lines.append(f"  {'':<9} {self.measured.timed('measured')}")
-        smaller = sum(w.after < w.before for w in self.groups)
-        kinds = Counter(w.exactness for w in self.groups)
-        classes = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
-        lines.append(f"  groups    {smaller} of {len(self.groups)} smaller ({classes})")
-        lines.append(f"  traced    {self.traced}")
-        lines.append(f"  emitted   {self.emitter}" + (f" because {self.reason}" if self.reason else ""))
-        if self.grafts:
-            more = f" and {len(self.grafts) - 3} more" if len(self.grafts) > 3 else ""
-            lines.append(f"  grafted   {', '.join(self.grafts[:3])}{more}: their forward comes from the trace")
-        lines.append(f"  verified  {self._verified()}")
-        lines.extend(self._repaired())
-        lines.extend(f"  pinned    {n} axes: {reason}" for reason, n in self._causes().most_common(6))
-        if self.unused:
-            lines.append(
-                f"  not read  {len(self.unused)} tensors, such as {self.unused[0]}: the eval-mode forward does not "
-                "read them, so they keep their shape; code that only training runs may not fit them any more"
-            )
-        for u in self.unknown:
-            lines.append(f"  no rule   {u.op}, {len(u.nodes)} nodes, first at {u.nodes[0]}: {u.why}")
-        return "\n".join(lines)
-
-    def _verified(self) -> str:
-        v = self.verification
-        if v is None:
-            return "no (verify=False)"
-        text = f"relative error {v.error:.1e} in {v.precision} on {v.inputs} inputs (tolerance {v.tolerance:.0e})"
-        if v.effect <= v.tolerance:
-            return f"{text}; the removed channels had no effect on these inputs, so this proves nothing"
-        return f"{text}; zeroing itself moved the output by {v.effect:.1e}"
-
-    def _repaired(self) -> list[str]:
-        r = self.repair
-        if r is None:
-            return []
-        how = f"{r.method}, on {r.samples} of {r.given} samples" if r.method != "none" else "no weights"
-        if r.method != "none" and not r.kept:
-            how += ", taken back since it did not help"
-        lines = [
-            f"  repaired  {how}; batch norm statistics {'taken anew' if r.batchnorm else 'as they were'}",
-            f"    before pruning  {_said(r.original)}",
-            f"    pruned          {_said(r.pruned)}",
-            f"    repaired        {_said(r.repaired)}",
-        ]
-        if r.ridges:
-            low, high = min(r.ridges.values()), max(r.ridges.values())
-            lines.append(
-                f"    fitted          {len(r.ridges)} layers, ridge {low:.0e} to {high:.0e} of the mean square"
-            )
-        if r.left:
-            name, reason = next(iter(r.left.items()))
-            lines.append(f"    not repaired    {len(r.left)} layers, such as {name}: {reason}")
-        return lines
-
-    def _causes(self) -> Counter[str]:
-        return Counter(p.reason for p in self.pinned)
+        return text.summary(self)
 
     def table(self) -> str:
         """One line per group: width before and after, members, exact or renormalised."""
-        wide = max([len(w.name) for w in self.groups] + [5])
-        head = f"{'group':<{wide}}  before  after  members  class"
-        rows = [f"{w.name:<{wide}}  {w.before:>6}  {w.after:>5}  {w.members:>7}  {w.exactness}" for w in self.groups]
-        return "\n".join([head, *rows])
+        return text.table(self)
+
+    def to_json(self) -> str:
+        """The report as JSON text."""
+        return json.dumps({"format": FORMAT, **encoded(self)}, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """The report that `to_json` wrote.
+
+        Raises:
+            InputError: the text is no such report.
+        """
+        try:
+            return _read(json.loads(text))
+        except (ValueError, RecursionError, GraphpruneError) as error:
+            raise InputError(f"not a report: {error}; write reports with to_json()") from error
+
+    def to_markdown(self) -> str:
+        """The report as Markdown: totals, what was done, groups, layers and pins in tables."""
+        return markdown.document(self)
+
+    def to_html(self) -> str:
+        """The report as one HTML page that loads nothing from anywhere."""
+        return page.document(self)
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: totals, widths and what was checked."""
+        return page.fragment(self)
+
+    def plot(self) -> dict[str, Any]:
+        """The report as figures of matplotlib, by name: "totals", "widths", "layers", "scores" and "sensitivity".
+
+        Those for which the report has no data are left out.
+
+        Raises:
+            InputError: matplotlib is not installed.
+        """
+        return plots.figures(self)
+
+    def write(self, path: str | os.PathLike[str]) -> Path:
+        """Write the report to a file, as its suffix says: .html, .md, .json or .txt. It is whole or not there.
+
+        Raises:
+            InputError: another suffix.
+        """
+        target = Path(path)
+        make = _FORMS.get(target.suffix.lower())
+        if make is None:
+            raise InputError(f"a report is written as {', '.join(_FORMS)}; {target.name!r} ends in none of them")
+        content = make(self).encode()
+        write_whole(target, lambda file: file.write(content))
+        return target
+
+    def with_sensitivity(self, scan: Sensitivity) -> Report:
+        """The report, and a scan of the same model to show with it."""
+        return replace(self, sensitivity=scan)
 
 
-def _said(quality: Quality) -> str:
-    loss = "" if quality.loss is None else f"loss {quality.loss:.4g}, "
-    agreement = "" if quality.agreement is None else f", same largest output for {quality.agreement:.1%}"
-    return f"{loss}output off by {quality.error:.3g}{agreement}"
+def _text(report: Report) -> str:
+    return f"{report}\n\n{report.table()}\n"
+
+
+_FORMS = {".html": Report.to_html, ".md": Report.to_markdown, ".json": Report.to_json, ".txt": _text}
+
+
+def _read(data: object) -> Report:
+    """A report from what JSON holds.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    if not isinstance(data, dict):
+        raise ValueError(f"it is {type(data).__name__}, not an object")
+    if data.get("format") != FORMAT:
+        raise ValueError(f"its format {data.get('format')!r} is not {FORMAT}, the one this version reads")
+    found = decoded(Report, {name: item for name, item in data.items() if name != "format"})
+    for complaint, good in _demands(found):
+        if not good:
+            raise ValueError(complaint)
+    return found
+
+
+def _demands(found: Report) -> Iterator[tuple[str, bool]]:
+    """What must hold of a report beyond the types of its fields, and whether it does."""
+    axes, ops = len(found.groups) + len(found.pinned), len(found.ops)
+    slots = [(slot, k) for width in found.groups for k, slot in enumerate(width.slots)]
+    ties = [op for slot, _ in slots for op in slot.through] + [stage.op for stage in found.stages]
+    ends = [axis for stage in found.stages for axis in (*stage.reads, *stage.writes)]
+    spreads = [width.scores for width in found.groups if width.scores is not None]
+    costs = [found.costs, *(layer.costs for layer in found.layers)]
+    changes = [change for cost in costs for change in cost.values()] + ([found.measured] if found.measured else [])
+    curves = found.sensitivity.curves.values() if found.sensitivity else ()
+    yield "an op is not among its ops", all(0 <= op < ops for op in ties)
+    yield "a slot is tied to none before it", all(slot.to is None or 0 <= slot.to < k for slot, k in slots)
+    yield "a call has no axes, or others than there are", all(0 <= axis < axes for axis in ends)
+    yield "a call has no axes, or others than there are", all(s.reads or s.writes for s in found.stages)
+    yield "a group grew, or was empty", all(0 <= w.after <= w.before and w.before for w in found.groups)
+    yield "a histogram has no bins", all(0 < len(s.kept) == len(s.removed) for s in spreads)
+    yield "a cost is missing", all({"macs", "params"} <= cost.keys() for cost in costs)
+    yield "a cost is no number", all(c.before >= 0 and c.after >= 0 for c in changes)
+    yield "an unknown op has no nodes", all(u.nodes for u in found.unknown)
+    yield "a curve has no points", all(0 < len(c.widths) == len(c.increases) and c.size > 0 for c in curves)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the channels were chosen.
+
+    Attributes:
+        importance: the criterion.
+        allocation: the method.
+        scores: what the criterion gave, by group.
+        others: per group that an `otherwise` scored, which criterion that was.
+    """
+
+    importance: Importance
+    allocation: str
+    scores: Scores
+    others: Mapping[str, Importance] = field(default_factory=dict)
 
 
 def _traced(program: Program) -> str:
@@ -177,21 +237,21 @@ def report(
     verification: Verification | None,
     repair: Repair | None = None,
     *,
+    choice: Choice | None = None,
     latency: Costs | None = None,
     measured: tuple[float, float] | None = None,
 ) -> Report:
     """Put together what the steps found."""
-    kept = widths(plan)
-    models = [model(coupling) for model in COSTS.values()]
-    costs = {cost.name: Change(cost.at({}), cost.at(kept)) for cost in models}
-    if latency is not None:
-        costs["latency"] = Change(latency.at({}), latency.at(kept))
+    kept, ops = widths(plan), gather.Ops()
+    scan = getattr(choice.importance, "sensitivity", None) if choice else None
+    costs: list[Costs] = [make(coupling) for make in COSTS.values()] + ([] if latency is None else [latency])
+    scores, others = (choice.scores, choice.others) if choice else ({}, {})
     return Report(
         model_class=coupling.program.model_class,
-        requested=target,
-        costs=costs,
-        groups=tuple(Width(g.name, g.size, kept[g.name], len(g.members), g.exactness) for g in coupling.groups),
-        pinned=coupling.pinned,
+        requested=replace(target, protect=tuple(target.protect), tied=tuple(map(tuple, target.tied))),
+        costs={cost.name: Change(cost.at({}), cost.at(kept)) for cost in costs},
+        groups=tuple(gather.groups(coupling, plan, scores, others, ops)),
+        pinned=tuple(gather.pinned(coupling)),
         unknown=coupling.unknown,
         unused=tuple(n for n in coupling.program.unused if not n.endswith("num_batches_tracked")),
         traced=_traced(coupling.program),
@@ -200,5 +260,11 @@ def report(
         grafts=rewritten.grafts,
         verification=verification,
         repair=repair,
-        measured=None if measured is None else Change(round(measured[0]), round(measured[1])),
+        importance=gather.described(choice.importance) if choice else "",
+        allocation=choice.allocation if choice else "",
+        layers=tuple(gather.layers(coupling, kept)),
+        stages=tuple(gather.stages(coupling, ops)),
+        ops=tuple(ops.positions),
+        sensitivity=scan if isinstance(scan, Sensitivity) else None,
+        measured=None if measured is None else Change(*map(round, measured)),
     )

@@ -14,6 +14,7 @@ from torch import nn
 from graphprune.coupling import Coupling
 from graphprune.errors import CriterionError, InputError
 from graphprune.importance import Importance, Magnitude, Order, Scores, ordered
+from graphprune.importance.fallback import Completed, scored_by
 
 FORMAT = 1
 SHOWN = 10
@@ -105,7 +106,7 @@ class Scanned:
                 if name not in scores:
                     raise CriterionError(f"{type(self.criterion).__name__} has no scores for group {name!r}")
                 found[name] = Rescaled(ordered(scores[name]), curve.lost())
-        return found
+        return Completed(found, {name: by for name, by in scored_by(scores).items() if name in found})
 
 
 @dataclass(frozen=True)

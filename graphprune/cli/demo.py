@@ -1,4 +1,4 @@
-"""The command line: arguments in, tables out; the work is done elsewhere."""
+"""`demo`: the whole path from a trained network to a smaller one, on built-in data."""
 
 from __future__ import annotations
 
@@ -7,40 +7,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
 from graphprune.allocate import Target
-from graphprune.errors import TargetError
-
-INSTALL = 'graphprune: this command needs {}; type: pip install "graphprune[demo]"'
-_EXTRA = ("rich", "safetensors", "sklearn", "typer")
-"""Top-level modules that `graphprune[demo]` installs."""
-
-try:
-    import typer
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    from rich.table import Table
-except ModuleNotFoundError as error:  # the script imports this module first, so there is nobody else to say it
-    raise SystemExit(INSTALL.format(error.name)) from error
+from graphprune.cli.output import explained, show
+from graphprune.cli.root import app
 
 if TYPE_CHECKING:
     from graphprune.demo import Advance, Demo
 
-app = typer.Typer(
-    name="graphprune", no_args_is_help=True, add_completion=False, help="Structural pruning for any PyTorch module."
+
+@app.command(
+    short_help="Train, prune and fine-tune on built-in data.",
+    help="Train a small network on scikit-learn's digits, prune it, fine-tune it, and show what that did.",
 )
-
-
-def main() -> None:
-    """Run the command line."""
-    app()
-
-
-@app.callback()
-def _commands() -> None:
-    """Keeps `demo` a subcommand: an app of one command and no callback takes that command's arguments itself."""
-
-
-@app.command(help="Train a small network on scikit-learn's digits, prune it, fine-tune it, and show what that did.")
 def demo(
     out: Annotated[
         Path,
@@ -52,38 +35,16 @@ def demo(
     epochs: Annotated[int | None, typer.Option(min=1, hidden=True)] = None,
 ) -> None:
     """Show the whole path from a trained network to a smaller one."""
-    with _explained("'--macs'"):
+    with explained("'--macs'"):
         from graphprune.demo import EPOCHS, run_demo, save_to
 
         with _progress(quiet) as advance:
             found = run_demo(Target(macs=macs), seed=seed, epochs=epochs or EPOCHS, advance=advance)
-    console = Console()
-    console.print(_table(found))
+    Console().print(_table(found))
     for text in (str(found.result.report), found.result.report.table()):
-        console.print(f"\n{text}", markup=False, highlight=False, soft_wrap=True)
+        show(f"\n{text}")
     weights, plan = save_to(out, found)
-    console.print(f"\nwrote {weights} and {plan}", markup=False, highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def _explained(option: str) -> Iterator[None]:
-    """Errors that the user can mend, shown without a traceback.
-
-    Args:
-        option: where the target comes from.
-    Raises:
-        typer.BadParameter: the target is out of range or out of reach; the exit code is 2.
-        SystemExit: a package of the demo is not installed; the exit code is 1.
-        ModuleNotFoundError: any other module is missing.
-    """
-    try:
-        yield
-    except TargetError as error:
-        raise typer.BadParameter(str(error), param_hint=option) from error
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in _EXTRA:
-            raise
-        raise SystemExit(INSTALL.format(error.name)) from error
+    show(f"\nwrote {weights} and {plan}")
 
 
 @contextmanager

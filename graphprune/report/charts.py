@@ -1,0 +1,116 @@
+"""Charts of a report as HTML and SVG: totals, costs by layer, curves of sensitivity."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import TYPE_CHECKING
+
+from graphprune.report import text
+from graphprune.report.records import Change, Layer
+from graphprune.sensitivity import Sensitivity
+
+if TYPE_CHECKING:
+    from graphprune.report import Report
+
+TITLES = {
+    "macs": "MACs",
+    "params": "Parameters",
+    "memory": "Memory in bytes",
+    "channels": "Channels",
+    "latency": "Predicted time",
+}
+CURVES = 8
+"""Curves of sensitivity that get a colour and a name."""
+_WIDE, _HIGH, _LEFT, _LOW = 560, 260, 56, 34
+
+
+def bar(before: float, after: float) -> str:
+    """Two bars, one in the other, as fractions of the whole width."""
+    inner = 100 * after / before if before else 0
+    return f'<span class="bar"><i style="width:{100 * before:.1f}%"><b style="width:{inner:.1f}%"></b></i></span>'
+
+
+def short(value: int | float) -> str:
+    """A cost in at most five letters."""
+    for unit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= unit:
+            return f"{value / unit:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+def totals(report: Report) -> str:
+    """A card per cost; a mark on the bar where a target was set."""
+    cards = []
+    shown = [(name, TITLES.get(name, name), change) for name, change in report.costs.items()]
+    shown += [("latency", "Measured time", report.measured)] if report.measured else []
+    for name, title, change in shown:
+        asked = report.requested.budgets.get(name)
+        mark = f'<u style="left:{100 * asked:.1f}%"></u>' if asked is not None else ""
+        wanted = f"<span>requested {asked:g}</span>" if asked is not None else ""
+        cards.append(
+            f'<div class="card"><h3>{escape(title)}{wanted}</h3><p class="big">{change.kept:.3f}'
+            f'<small> kept</small></p><div class="gauge">{bar(1, min(change.kept, 1))}{mark}</div>'
+            f"<p>{text.amount(name, change.before)} → {text.amount(name, change.after)}</p></div>"
+        )
+    return f'<div class="cards">{"".join(cards)}</div>'
+
+
+def layers(report: Report) -> str:
+    """Multiply-adds and parameters of each layer; layers without multiply-adds are one row at the end."""
+    shown = [layer for layer in report.layers if layer.costs["macs"].before]
+    rest = [layer for layer in report.layers if not layer.costs["macs"].before]
+    if rest:
+        sums = [sum(getattr(layer.costs["params"], when) for layer in rest) for when in ("before", "after")]
+        shown.append(Layer(f"{len(rest)} without MACs", {"macs": Change(0, 0), "params": Change(*sums)}))
+    most = {name: max((layer.costs[name].before for layer in shown), default=1) or 1 for name in ("macs", "params")}
+    rows = []
+    for layer in shown:
+        cells = []
+        for name in ("macs", "params"):
+            change = layer.costs[name]
+            cells.append(
+                f'{bar(change.before / most[name], change.after / most[name])}<span class="n">'
+                f"{short(change.before)} → {short(change.after)}</span>"
+            )
+        rows.append(f"<li><code>{escape(layer.name or '(the model itself)')}</code>{''.join(cells)}</li>")
+    head = '<li class="head"><span>layer</span><span>MACs</span><span></span><span>parameters</span><span></span></li>'
+    return f'<ol class="rows layers">{head}{"".join(rows)}</ol>'
+
+
+def sensitivity(scan: Sensitivity) -> str:
+    """How the loss rises as each group alone keeps less; the steepest curves are named."""
+    curves = scan.worst_first()
+    highs = [i for _, curve in curves for i in curve.increases if abs(i) < float("inf")]
+    low, high = min([0.0, *highs]), max([*highs, 0.0]) or 1.0
+
+    def point(x: float, y: float) -> str:
+        across = _LEFT + (_WIDE - _LEFT - 10) * x
+        return f"{across:.1f},{10 + (_HIGH - _LOW - 10) * (high - max(min(y, high), low)) / (high - low or 1.0):.1f}"
+
+    parts, names = [], []
+    for rank, (name, curve) in reversed(list(enumerate(curves))):
+        kept = [*zip((w / curve.size for w in curve.widths), curve.increases, strict=True), (1.0, 0.0)]
+        points = " ".join(point(x, y) for x, y in kept if y == y)
+        tone = f"c{rank}" if rank < CURVES else "rest"
+        parts.append(f'<polyline class="{tone}" points="{points}"><title>{escape(name)}</title></polyline>')
+        if rank < CURVES:
+            worst = max(curve.increases)
+            names.append(
+                f'<li><i class="{tone}"></i><code>{escape(name)}</code><span class="n">+{worst:.3g}</span></li>'
+            )
+    ticks = "".join(
+        f'<text x="{point(x, low).split(",")[0]}" y="{_HIGH - 16}" text-anchor="middle">{x:g}</text>'
+        for x in (0, 0.25, 0.5, 0.75, 1)
+    )
+    for y in (low, (low + high) / 2, high):
+        height = point(0, y).split(",")[1]
+        ticks += f'<text x="{_LEFT - 6}" y="{height}" text-anchor="end" dy="4">{y:.3g}</text>'
+        ticks += f'<line x1="{_LEFT}" x2="{_WIDE - 10}" y1="{height}" y2="{height}"/>'
+    return (
+        f'<p class="note">By how much the loss, {scan.loss:.4g} on {scan.samples} samples, rises where one group alone '
+        f'keeps a fraction of its channels; the steepest of {len(curves)} are named.</p><div class="curves">'
+        f'<svg viewBox="0 0 {_WIDE} {_HIGH}" role="img" aria-label="sensitivity">{ticks}'
+        f'<text x="{(_WIDE + _LEFT) / 2}" y="{_HIGH - 2}" text-anchor="middle">fraction kept</text>'
+        f"{''.join(parts)}</svg>"
+        f"<ol>{''.join(reversed(names))}</ol></div>"
+    )

@@ -1,0 +1,110 @@
+"""A report as figures of matplotlib, for papers and notebooks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from graphprune.errors import InputError
+
+if TYPE_CHECKING:
+    from graphprune.report import Report
+
+KEPT, GONE, WHOLE = "#0d7a6f", "#e0925a", "#c3e0dc"
+SHOWN = 60
+"""Bars in a figure; of more, the largest are shown."""
+PANELS = 24
+"""Histograms in a figure; of more, those of the largest groups are shown."""
+
+
+def figures(report: Report) -> dict[str, Any]:
+    """The figures for which there is data, by name; none of them is open in pyplot.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError("plot needs matplotlib: pip install 'graphprune[plot]'") from error
+    found = {}
+    for name, draw in _FIGURES.items():
+        figure = draw(report, Figure)
+        if figure is not None:
+            found[name] = figure
+    return found
+
+
+def _bars(make: Any, rows: Sequence[tuple[str, float, float]], label: str) -> Any:
+    """Horizontal bars, before and after, the first row on top."""
+    shown = sorted(sorted(range(len(rows)), key=lambda k: -rows[k][1])[:SHOWN])
+    if not shown:
+        return None
+    names, before, after = zip(*(rows[k] for k in shown), strict=True)
+    figure = make(figsize=(8, 1 + 0.22 * len(shown)), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(range(len(shown)), before, color=WHOLE, label="before")
+    axes.barh(range(len(shown)), after, color=KEPT, label="after")
+    axes.set_yticks(range(len(shown)), [_literal(name) for name in names], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel(label + (f" (the largest {SHOWN} of {len(rows)})" if len(rows) > SHOWN else ""))
+    axes.legend()
+    return figure
+
+
+def _literal(name: str) -> str:
+    """A name in which no dollar starts a formula."""
+    return name.replace("$", r"\$")
+
+
+def _totals(report: Report, make: Any) -> Any:
+    return _bars(make, [(name, 1.0, change.kept) for name, change in report.costs.items()], "fraction kept")
+
+
+def _widths(report: Report, make: Any) -> Any:
+    return _bars(make, [(w.name, w.before, w.after) for w in report.groups], "channels")
+
+
+def _layers(report: Report, make: Any) -> Any:
+    macs = [(layer.name, layer.costs["macs"]) for layer in report.layers if layer.costs["macs"].before]
+    return _bars(make, [(name, c.before, c.after) for name, c in macs], "MACs")
+
+
+def _scores(report: Report, make: Any) -> Any:
+    """A histogram per group, with what was cut off and where."""
+    scored = [(w, w.scores) for w in sorted(report.groups, key=lambda w: -w.before) if w.scores is not None][:PANELS]
+    if not scored:
+        return None
+    columns = min(4, len(scored))
+    figure = make(figsize=(2.6 * columns, 2 * math.ceil(len(scored) / columns)), layout="constrained")
+    panels = figure.subplots(math.ceil(len(scored) / columns), columns, squeeze=False).ravel()
+    for axes, (width, spread) in zip(panels, scored, strict=False):
+        step = (spread.high - spread.low) / len(spread.kept) or 1.0
+        centres = [spread.low + step * (k + 0.5) for k in range(len(spread.kept))]
+        axes.bar(centres, spread.kept, step * 0.9, color=KEPT)
+        axes.bar(centres, spread.removed, step * 0.9, bottom=spread.kept, color=GONE)
+        if spread.cut is not None:
+            axes.axvline(spread.cut, color="black", linestyle="--", linewidth=1)
+        axes.set_title(_literal(width.name), fontsize=7)
+        axes.tick_params(labelsize=6)
+    for axes in panels[len(scored) :]:
+        axes.set_axis_off()
+    return figure
+
+
+def _sensitivity(report: Report, make: Any) -> Any:
+    if report.sensitivity is None:
+        return None
+    figure = make(figsize=(8, 5), layout="constrained")
+    report.sensitivity.plot(figure.subplots())
+    return figure
+
+
+_FIGURES: Mapping[str, Callable[[Report, Any], Any]] = {
+    "totals": _totals,
+    "widths": _widths,
+    "layers": _layers,
+    "scores": _scores,
+    "sensitivity": _sensitivity,
+}

@@ -1,0 +1,151 @@
+"""A report as text: a summary of one screen, and a table of its groups."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from graphprune.recover import Quality
+from graphprune.report.records import Change
+
+if TYPE_CHECKING:
+    from graphprune.report import Report
+
+
+def summary(report: Report) -> str:
+    """What a terminal shows."""
+    lines = [f"graphprune: {report.model_class}, requested {report.requested}"]
+    for name, change in report.costs.items():
+        lines.append(f"  {name:<9} {_line(name, change, 'predicted')}")
+    if report.measured is not None:
+        lines.append(f"  {'':<9} {_line('latency', report.measured, 'measured')}")
+    lines.append(f"  groups    {grouped(report)}")
+    if report.importance:
+        lines.append(f"  scored    by {report.importance}, {report.allocation} allocation")
+    lines.extend(f"  scored    {line}" for line in scored_apart(report))
+    lines.append(f"  traced    {report.traced}")
+    lines.append(f"  emitted   {report.emitter}" + (f" because {report.reason}" if report.reason else ""))
+    if report.grafts:
+        lines.append(f"  grafted   {grafted(report)}")
+    lines.append(f"  verified  {verified(report)}")
+    lines.extend(_repaired(report))
+    lines.extend(f"  pinned    {n} axes: {reason}" for reason, n in causes(report).most_common(6))
+    if report.unused:
+        lines.append(f"  not read  {not_read(report)}")
+    for u in report.unknown:
+        lines.append(f"  no rule   {u.op}, {len(u.nodes)} nodes, first at {u.nodes[0]}: {u.why}")
+    return "\n".join(lines)
+
+
+def table(report: Report) -> str:
+    """One line per group."""
+    wide = max([len(w.name) for w in report.groups] + [5])
+    head = f"{'group':<{wide}}  before  after  members  class"
+    rows = [f"{w.name:<{wide}}  {w.before:>6}  {w.after:>5}  {w.members:>7}  {w.exactness}" for w in report.groups]
+    return "\n".join([head, *rows])
+
+
+# -- sentences that all forms of a report share -----------------------------------------------------------------------
+
+
+def amount(name: str, value: int | float) -> str:
+    """How much there is of a cost: nanoseconds as milliseconds, and at least four digits of all else."""
+    if name == "latency":
+        return f"{value / 1e6:,.3f} ms"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+
+
+def _line(name: str, change: Change, how: str) -> str:
+    """Before, after and fraction kept; `how` a time is known."""
+    before, after = (amount(name, value).removesuffix(" ms") for value in (change.before, change.after))
+    return f"{before:>15} -> {after:>15}  ({change.kept:.3f} kept" + (f", ms {how})" if name == "latency" else ")")
+
+
+def grouped(report: Report) -> str:
+    """How many groups got smaller."""
+    smaller = sum(w.after < w.before for w in report.groups)
+    kinds = Counter(w.exactness for w in report.groups)
+    return f"{smaller} of {len(report.groups)} smaller ({', '.join(f'{n} {kind}' for kind, n in kinds.items())})"
+
+
+def scored_apart(report: Report) -> list[str]:
+    """Groups that another criterion scored, or none."""
+    by = Counter(w.criterion for w in report.groups if w.criterion)
+    first = {w.criterion: w.name for w in reversed(report.groups)}
+    lines = [f"{n} groups by {criterion} instead, such as {first[criterion]}" for criterion, n in by.items()]
+    without = [w.name for w in report.groups if w.scores is None]
+    if 0 < len(without) < len(report.groups):
+        lines.append(f"{len(without)} groups not at all, such as {without[0]}: they stay as they were")
+    return lines
+
+
+def grafted(report: Report) -> str:
+    """Whose forward was written anew."""
+    more = f" and {len(report.grafts) - 3} more" if len(report.grafts) > 3 else ""
+    return f"{', '.join(report.grafts[:3])}{more}: their forward comes from the trace"
+
+
+def verified(report: Report) -> str:
+    """What the comparison found."""
+    v = report.verification
+    if v is None:
+        return "no (verify=False)"
+    found = f"relative error {v.error:.1e} in {v.precision} on {v.inputs} inputs (tolerance {v.tolerance:.0e})"
+    if v.effect <= v.tolerance:
+        return f"{found}; the removed channels had no effect on these inputs, so this proves nothing"
+    return f"{found}; zeroing itself moved the output by {v.effect:.1e}"
+
+
+def _repaired(report: Report) -> list[str]:
+    r = report.repair
+    if r is None:
+        return []
+    lines = [
+        f"  repaired  {repaired(report)}",
+        f"    before pruning  {said(r.original)}",
+        f"    pruned          {said(r.pruned)}",
+        f"    repaired        {said(r.repaired)}",
+    ]
+    if r.ridges:
+        lines.append(f"    fitted          {fitted(report)}")
+    if r.left:
+        name, reason = next(iter(r.left.items()))
+        lines.append(f"    not repaired    {len(r.left)} layers, such as {name}: {reason}")
+    return lines
+
+
+def repaired(report: Report) -> str:
+    """How weights were repaired."""
+    r = report.repair
+    if r is None:
+        return "no"
+    how = f"{r.method}, on {r.samples} of {r.given} samples" if r.method != "none" else "no weights"
+    if r.method != "none" and not r.kept:
+        how += ", taken back since it did not help"
+    return f"{how}; batch norm statistics {'taken anew' if r.batchnorm else 'as they were'}"
+
+
+def fitted(report: Report) -> str:
+    """How many layers were fitted, and how stiffly."""
+    ridges = report.repair.ridges.values() if report.repair else ()
+    return f"{len(ridges)} layers, ridge {min(ridges):.0e} to {max(ridges):.0e} of the mean square"
+
+
+def said(quality: Quality) -> str:
+    """How a model does on the batches."""
+    loss = "" if quality.loss is None else f"loss {quality.loss:.4g}, "
+    agreement = "" if quality.agreement is None else f", same largest output for {quality.agreement:.1%}"
+    return f"{loss}output off by {quality.error:.3g}{agreement}"
+
+
+def not_read(report: Report) -> str:
+    """What the traced forward does not read."""
+    return (
+        f"{len(report.unused)} tensors, such as {report.unused[0]}: the eval-mode forward does not "
+        "read them, so they keep their shape; code that only training runs may not fit them any more"
+    )
+
+
+def causes(report: Report) -> Counter[str]:
+    """How many axes stayed whole, by cause."""
+    return Counter(p.reason for p in report.pinned)
