@@ -165,7 +165,7 @@ def _seconds(networks: Mapping[str, Record], wide: Record | None) -> list[str]:
     return [
         "## Seconds to allocate",
         "",
-        "The slowest target.",
+        "The slowest target, by the clock, beside other runs on the same machine (load averages are in the JSON).",
         "",
         *table(("network", "groups", "channels", *methods), rows),
         "",
