@@ -297,7 +297,8 @@ def test_a_manifest_that_is_too_long_is_not_read(starts, tmp_path):
     "text", [b"\xff\xfe", '{"needs": 1}'.encode("utf-32"), b"[" * 100_000, b'{"needs": NaN}', b"1" * 10_000]
 )
 def test_json_that_cannot_be_read_is_refused(text, starts, tmp_path):
-    place(starts["convolutional"], tmp_path, manifest=text)
+    place(starts["convolutional"], tmp_path)
+    (tmp_path / "artefact.json").write_bytes(text)
     with pytest.raises(gp.ArtefactError, match=r"artefact.json is no JSON that can be read"):
         gp.load(tmp_path)
 
