@@ -170,7 +170,9 @@ def test_a_fraction_outside_zero_to_one_is_refused(value):
 
 
 def test_a_target_names_a_quantity():
-    with pytest.raises(gp.TargetError, match=r"at least one of channels, macs, params, memory, latency, such as Target\(macs"):
+    with pytest.raises(
+        gp.TargetError, match=r"at least one of channels, macs, params, memory, latency, such as Target\(macs"
+    ):
         gp.Target(multiple_of=8)
 
 
