@@ -19,18 +19,16 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from importance_accuracy import SETTINGS, Subject
 from importance_data import Test, calibration, cifar, training
 from importance_peer import Peer
 from importance_table import over_seeds, percent, table
-from results_file import Results, environment
+from results_file import Results, environment, parser, started
 
 import graphprune as gp
 from graphprune.allocate import METHODS
@@ -154,26 +152,19 @@ def text(data: Record) -> str:
 
 def main() -> None:
     """Run what is missing and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="directory of CIFAR-10")
-    parser.add_argument("--weights", type=Path, help="resnet56-*.th")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="which calibration images")
-    parser.add_argument("--groups", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
-    parser.add_argument("--targets", type=float, nargs="+", default=list(TARGETS), help="fractions of MACs to keep")
-    parser.add_argument("--images", type=int, default=1000, help="calibration images")
-    parser.add_argument("--limit", type=int, help="use only the first test images")
-    parser.add_argument("--fresh", action="store_true", help="forget the results there are")
-    parser.add_argument("--table", action="store_true", help="run nothing, write the table from the results")
-    parser.add_argument("--threads", type=int, default=1, help="threads that torch may use")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    warnings.simplefilter("ignore")
-    args.out.mkdir(parents=True, exist_ok=True)
+    options = parser(__doc__)
+    options.add_argument("--data", type=Path, help="directory of CIFAR-10")
+    options.add_argument("--weights", type=Path, help="resnet56-*.th")
+    options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="which calibration images")
+    options.add_argument("--groups", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    options.add_argument("--targets", type=float, nargs="+", default=list(TARGETS), help="fractions of MACs to keep")
+    options.add_argument("--images", type=int, default=1000, help="calibration images")
+    options.add_argument("--limit", type=int, help="use only the first test images")
+    args = started(options)
     results = Results(args.out / "allocation_cifar.json", fresh=args.fresh)
     if not args.table:
         if not args.data or not args.weights:
-            parser.error("it needs --data and --weights")
+            options.error("it needs --data and --weights")
         run(args, results)
     (args.out / "allocation_cifar.md").write_text(text(results.data))
 

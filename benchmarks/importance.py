@@ -27,18 +27,16 @@ import ctypes
 import itertools
 import os
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
 import importance_lite
 import importance_speed
 import importance_table
-import torch
 from importance_accuracy import CRITERIA, REPAIRS, SETTINGS, Subject, base, key, measured
 from importance_data import Test, calibration, cifar, networks, training
 from importance_peer import PEERS, Peer
-from results_file import Results, environment
+from results_file import Results, environment, parser, started
 from speed import in_fresh_process
 
 Record = dict[str, Any]
@@ -126,35 +124,28 @@ def keep_memory() -> None:
 
 def main() -> None:
     """Run the sections asked for and write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--section", nargs="+", default=list(SECTIONS), choices=SECTIONS, help="which sections to run")
-    parser.add_argument("--data", type=Path, help="directory of CIFAR-10")
-    parser.add_argument("--weights", type=Path, nargs="+", default=[], help="resnet20-*.th, resnet56-*.th")
-    parser.add_argument("--imagenette", type=Path, help="directory of calibration1000.tar and heldout500.tar")
-    parser.add_argument("--lite0", type=Path, help="efficientnet-lite0-*.pth")
-    parser.add_argument("--criteria", nargs="*", default=list(CRITERIA), choices=list(CRITERIA), metavar="NAME")
-    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS), metavar="NAME")
-    parser.add_argument("--groups", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
-    parser.add_argument("--repairs", nargs="+", default=list(REPAIRS), choices=REPAIRS)
-    parser.add_argument("--targets", type=float, nargs="+", default=list(TARGETS), help="fractions of MACs to keep")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="which calibration images, and random")
-    parser.add_argument("--images", type=int, default=1000, help="calibration images")
-    parser.add_argument("--limit", type=int, help="use only the first test images")
-    parser.add_argument("--fresh", action="store_true", help="forget the results there are")
-    parser.add_argument("--table", action="store_true", help="run nothing, write the tables from the results")
-    parser.add_argument("--threads", type=int, default=1, help="threads that torch may use")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    warnings.simplefilter("ignore")
+    options = parser(__doc__)
+    options.add_argument("--section", nargs="+", default=list(SECTIONS), choices=SECTIONS, help="which sections to run")
+    options.add_argument("--data", type=Path, help="directory of CIFAR-10")
+    options.add_argument("--weights", type=Path, nargs="+", default=[], help="resnet20-*.th, resnet56-*.th")
+    options.add_argument("--imagenette", type=Path, help="directory of calibration1000.tar and heldout500.tar")
+    options.add_argument("--lite0", type=Path, help="efficientnet-lite0-*.pth")
+    options.add_argument("--criteria", nargs="*", default=list(CRITERIA), choices=list(CRITERIA), metavar="NAME")
+    options.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS), metavar="NAME")
+    options.add_argument("--groups", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    options.add_argument("--repairs", nargs="+", default=list(REPAIRS), choices=REPAIRS)
+    options.add_argument("--targets", type=float, nargs="+", default=list(TARGETS), help="fractions of MACs to keep")
+    options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="which calibration images, and random")
+    options.add_argument("--images", type=int, default=1000, help="calibration images")
+    options.add_argument("--limit", type=int, help="use only the first test images")
+    args = started(options)
     keep_memory()
-    args.out.mkdir(parents=True, exist_ok=True)
     needed = {"accuracy": ("data", "weights"), "lite0": ("imagenette", "lite0"), "speed": ()}
     try:
         for section, run in (("accuracy", accuracy), ("lite0", lite0), ("speed", speed)):
             if section in args.section and not args.table:
                 if missing := [f"--{name}" for name in needed[section] if not getattr(args, name)]:
-                    parser.error(f"the section {section} needs {' and '.join(missing)}")
+                    options.error(f"the section {section} needs {' and '.join(missing)}")
                 run(args, Results(args.out / f"importance_{section}.json", fresh=args.fresh))
     except KeyboardInterrupt:
         print("interrupted; what was done is kept, and the same command goes on from there", flush=True)

@@ -8,9 +8,12 @@ import importlib.metadata
 import json
 import os
 import platform
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import graphprune as gp
 
@@ -42,3 +45,22 @@ def environment(args: argparse.Namespace, packages: Sequence[str]) -> Record:
         "device": "cpu",
         "threads": args.threads,
     }
+
+
+def parser(text: str | None) -> argparse.ArgumentParser:
+    """The options that all of these benchmarks have."""
+    found = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--fresh", action="store_true", help="forget the results there are")
+    found.add_argument("--table", action="store_true", help="run nothing, write the tables from the results")
+    found.add_argument("--threads", type=int, default=1, help="threads that torch may use")
+    found.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
+    return found
+
+
+def started(given: argparse.ArgumentParser) -> argparse.Namespace:
+    """What the command line says, once threads are set and the folder is there."""
+    args = given.parse_args()
+    torch.set_num_threads(args.threads)
+    warnings.simplefilter("ignore")
+    args.out.mkdir(parents=True, exist_ok=True)
+    return args

@@ -21,16 +21,14 @@ import argparse
 import itertools
 import os
 import time
-import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import targets_nets
 import targets_table
 import torch
-from results_file import Results, environment
+from results_file import Results, environment, parser, started
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -201,17 +199,10 @@ def run(args: argparse.Namespace, results: Results) -> None:
 
 def main() -> None:
     """Run what is missing and write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="*", default=list(targets_nets.NETWORKS), help="some of them")
-    parser.add_argument("--nets", type=int, default=100, help="how many small networks")
-    parser.add_argument("--fresh", action="store_true", help="forget the results there are")
-    parser.add_argument("--table", action="store_true", help="run nothing, write the tables from the results")
-    parser.add_argument("--threads", type=int, default=1, help="threads that torch may use")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    warnings.simplefilter("ignore")
-    args.out.mkdir(parents=True, exist_ok=True)
+    options = parser(__doc__)
+    options.add_argument("--networks", nargs="*", default=list(targets_nets.NETWORKS), help="some of them")
+    options.add_argument("--nets", type=int, default=100, help="how many small networks")
+    args = started(options)
     results = Results(args.out / "targets.json", fresh=args.fresh)
     if not args.table:
         run(args, results)

@@ -202,7 +202,7 @@ def _table(term: Term, store: Store, step: int, seconds: float) -> tuple[Table, 
     if term.variables:
         try:
             return _finest(grid, store, store(term.call), seconds), True
-        except RuntimeError:  # its sizes depend on each other in a way that its axes do not show
+        except RuntimeError:  # its sizes depend on each other in a way that its axes do not show: all shrink at once
             pass
     return _finest(ray, store, store(term.call), seconds), False
 

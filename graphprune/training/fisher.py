@@ -165,19 +165,28 @@ class GroupFisher:
         self._attached.remove()
 
         def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            self._after(optimizer, 1.0 if scaler is None else float(scaler.get_scale()))
+            self._after(optimizer, None if scaler is None else float(scaler.get_scale()))
 
         self._attached = Attached([*self._watch.attach(), optimizer.register_step_post_hook(after)])
         return self._attached
 
-    def _after(self, optimizer: Optimizer, scale: float) -> None:
-        """What follows a step: the sums grow, masks are held, and now and then a channel goes."""
-        for reading in self._heard:
-            factor = (reading.view.samples if self.reduction == "mean" else 1) / scale
-            finite = all(bool(q.isfinite().all()) for q in reading.q.values())  # not so in steps a scaler has skipped
-            for name, q in reading.q.items() if reading.heard and finite else ():
+    def _after(self, optimizer: Optimizer, scale: float | None) -> None:
+        """What follows a step: the sums grow, masks are held, and now and then a channel goes.
+
+        Raises:
+            CalibrationError: gradients are not finite, and no scaler skips such steps.
+        """
+        heard, self._heard[:] = list(self._heard), []
+        for reading in heard:
+            factor = (reading.view.samples if self.reduction == "mean" else 1) / (scale or 1.0)
+            wrong = [name for name, q in reading.q.items() if not q.isfinite().all()]
+            if wrong and scale is None:
+                raise CalibrationError(
+                    f"GroupFisher: gradients of group {wrong[0]!r} are NaN or infinite in step {self.step + 1}; lower "
+                    "the learning rate, or pass attach(optimizer, scaler) the GradScaler that skips such steps"
+                )
+            for name, q in reading.q.items() if reading.heard and not wrong else ():
                 self.sums[name].add(q * factor)
-        self._heard.clear()
         self.step += 1
         self._masks.apply()
         if not self.done and self.step % self.every == 0:

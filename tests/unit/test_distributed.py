@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import runpy
-import subprocess
 import sys
-import textwrap
 
 import pytest
 import torch
-import torch.distributed as dist
+
+from tests.two_processes import beside, needs_gloo
 
 JOB = """
     import datetime, sys
@@ -51,31 +49,11 @@ JOB = """
 """
 
 
-@pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch was built without gloo")
+@needs_gloo
 def test_two_processes_get_the_statistics_of_one_on_all_data(tmp_path, monkeypatch):
-    script = tmp_path / "job.py"
-    script.write_text(textwrap.dedent(JOB))
-    root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    jobs = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(tmp_path / "store"), str(tmp_path / f"{rank}.pt")],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
+    with beside(JOB, tmp_path) as script:
         monkeypatch.setattr(sys, "argv", ["", "-1", "", str(tmp_path / "-1.pt")])
         runpy.run_path(str(script))
-        for job in jobs:
-            errors = job.communicate(timeout=120)[1]
-            assert job.returncode == 0, errors
-    finally:
-        for job in jobs:
-            job.kill()
-            job.wait()
     alone, *together = (torch.load(tmp_path / f"{rank}.pt") for rank in (-1, 0, 1))
     assert alone[0] == 9
     assert len(alone[2]) > 20

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import textwrap
-
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 
 import graphprune as gp
 from graphprune.training import GroupFisher
 from graphprune.training.watch import Watch
+from tests.two_processes import beside, needs_gloo
 
 
 class Block(nn.Module):
@@ -417,22 +412,9 @@ JOB = """
 """
 
 
-@pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch was built without gloo")
+@needs_gloo
 def test_two_processes_take_the_decisions_of_one_on_all_data(tmp_path):
-    script = tmp_path / "job.py"
-    script.write_text(textwrap.dedent(JOB))
-    root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    jobs = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(tmp_path / "store"), str(tmp_path / f"{rank}.pt")],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
+    with beside(JOB, tmp_path):
         net = made(plain)
         pruner = GroupFisher(net, X, target=gp.Target(macs=0.5), every=2)
         sgd = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
@@ -442,13 +424,6 @@ def test_two_processes_take_the_decisions_of_one_on_all_data(tmp_path):
             sgd.zero_grad()
             functional.cross_entropy(net(x), y).backward()
             sgd.step()
-        for job in jobs:
-            errors = job.communicate(timeout=200)[1]
-            assert job.returncode == 0, errors
-    finally:
-        for job in jobs:
-            job.kill()
-            job.wait()
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert len(first[0]) > 3
     assert first[0] == second[0]
@@ -460,6 +435,16 @@ def test_two_processes_take_the_decisions_of_one_on_all_data(tmp_path):
 
 
 # -- refused --------------------------------------------------------------------------------------------------------
+
+
+def test_gradients_that_are_not_finite_are_an_error_where_no_scaler_skips_them():
+    net = made()
+    pruner = GroupFisher(net, X, target=gp.Target(channels=0.5), every=2)
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    pruner.attach(sgd)
+    (functional.cross_entropy(net(X), Y) * float("inf")).backward()
+    with pytest.raises(gp.CalibrationError, match=r"group '.+' are NaN or infinite in step 1; lower the learning rate"):
+        sgd.step()
 
 
 def test_steps_in_which_nothing_is_heard_are_an_error():
