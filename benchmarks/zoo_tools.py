@@ -6,6 +6,7 @@ Every function here runs in a worker process of its own and reports as it goes, 
 from __future__ import annotations
 
 import copy
+import gc
 import importlib.metadata
 import logging
 import platform
@@ -72,6 +73,8 @@ def measure(section: str, name: str, tool: str, threads: int, report: Report) ->
     report({"params": parameters(model), "inputs": shapes, "at": "warming up"})
     run = TOOLS[tool]
     run(*_small(), lambda record: None)  # first calls pay for imports
+    gc.collect()
+    gc.freeze()  # what the worker has loaded is not searched for garbage within the times of any tool
     pruned = run(model, inputs, report)
     if pruned is not None:
         report({"params_kept": parameters(pruned) / parameters(model), "at": "check"})
