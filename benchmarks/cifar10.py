@@ -54,16 +54,24 @@ class Method:
         importance: from calibration batches and a seed.
         allocation, repair: as for `gp.prune`.
         slims: whether the network is slimmed before.
+        distils: whether the original teaches what is left of it.
     """
 
     importance: Callable[[Batches, int], Any]
     allocation: str = "uniform"
     repair: str = "none"
     slims: bool = False
+    distils: bool = False
 
 
 _LOSS = nn.functional.cross_entropy
 _DATA: Record = {"progress": False}
+
+
+def _fisher(batches: Batches, seed: int) -> gp.importance.Fisher:
+    return gp.importance.Fisher(batches, _LOSS, **_DATA)
+
+
 METHODS: Mapping[str, Method] = {
     "Random": Method(lambda batches, seed: gp.importance.Random(seed)),
     "Magnitude": Method(lambda batches, seed: gp.importance.Magnitude()),
@@ -73,10 +81,9 @@ METHODS: Mapping[str, Method] = {
     "Reconstruction": Method(
         lambda batches, seed: gp.importance.Reconstruction(batches, **_DATA), repair="least_squares"
     ),
-    "Fisher": Method(lambda batches, seed: gp.importance.Fisher(batches, _LOSS, **_DATA), "greedy"),
-    "Fisher, repaired": Method(
-        lambda batches, seed: gp.importance.Fisher(batches, _LOSS, **_DATA), "greedy", "least_squares"
-    ),
+    "Fisher": Method(_fisher, "greedy"),
+    "Fisher, repaired": Method(_fisher, "greedy", "least_squares"),
+    "Fisher, repaired, distilled": Method(_fisher, "greedy", "least_squares", distils=True),
     "Collaborative": Method(lambda batches, seed: gp.importance.Collaborative(batches, _LOSS, **_DATA), "greedy"),
 }
 SCRATCH = "from scratch"
@@ -99,19 +106,20 @@ class Subject:
         images = chosen[: options.calibration]
         self.batches = Split(data.train.images[images], data.train.labels[images]).batches()
 
-    def tuned(self, model: nn.Module, epochs: int, lr: float, penalty: Any = None) -> gp.recover.Tuned | None:
-        """Fine-tune in place, the same way for every method."""
+    def tuned(self, model: nn.Module, epochs: int, lr: float, **more: Any) -> gp.recover.Tuned | None:
+        """Fine-tune in place, the same way for every method, but for `more`: a penalty or a teacher."""
         if not epochs:
             return None
         torch.manual_seed(self.seed)
-        loader, validation = Augmented(self.data.train), None if penalty else self.data.validation.batches()
-        options = {"weight_decay": 5e-4, "progress": self.options.progress, "penalty": penalty}
+        model.to(memory_format=torch.channels_last)
+        loader, validation = Augmented(self.data.train), None if "penalty" in more else self.data.validation.batches()
+        options = {"weight_decay": 5e-4, "progress": self.options.progress, "amp": self.options.amp} | more
         return gp.recover.finetune(model, loader, validation=validation, epochs=epochs, lr=lr, **options)
 
     def slimmed(self, penalty: Callable[[nn.Module], Any]) -> nn.Module:
         """A copy after sparse training: the last epoch counts, as penalised scales are not chosen by accuracy."""
         model = copy.deepcopy(self.network)
-        self.tuned(model, self.options.sparse_epochs, self.options.lr, penalty(model))
+        self.tuned(model, self.options.sparse_epochs, self.options.lr, penalty=penalty(model))
         return model.eval()
 
     def by_slimming(self) -> nn.Module:
@@ -164,7 +172,7 @@ class Subject:
 
     def measured(self, cell: Record) -> Record:
         """The cell with its figures."""
-        begun = time.perf_counter()
+        begun, more = time.perf_counter(), {}
         if "removed" in cell:
             target = gp.Target(channels=1 - cell["removed"])
             found = self.pruned(self.by_slimming(), METHODS[SLIMMING], target)
@@ -173,9 +181,11 @@ class Subject:
             small, epochs, lr = found.model, rest, self.options.lr
         else:
             small, epochs, lr, known = self.small(cell["method"])
+            if cell["method"] in METHODS and METHODS[cell["method"]].distils:
+                more = {"teacher": gp.recover.Distillation(self.network)}
         accuracy = {"pruned": self.data.test.accuracy(small)}
         pruning, begun = time.perf_counter() - begun, time.perf_counter()
-        tuned = self.tuned(small, epochs, lr)
+        tuned = self.tuned(small, epochs, lr, **more)
         kept = {"macs": macs(small) / macs(self.network), "params": weights(small) / weights(self.network)}
         accuracy["tuned"] = self.data.test.accuracy(small)
         seconds = {"pruning": pruning, "tuning": time.perf_counter() - begun}
@@ -185,7 +195,17 @@ class Subject:
 
 def settings(options: argparse.Namespace) -> Record:
     """What makes cells comparable."""
-    names = ("epochs", "sparse_epochs", "images", "calibration", "lr", "scratch_lr", "strength", "group_strength")
+    names = (
+        "amp",
+        "epochs",
+        "sparse_epochs",
+        "images",
+        "calibration",
+        "lr",
+        "scratch_lr",
+        "strength",
+        "group_strength",
+    )
     return {name: getattr(options, name) for name in names}
 
 
@@ -251,6 +271,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--scratch-lr", type=float, default=0.1)
     parser.add_argument("--strength", type=float, default=1e-3, help="of penalties on scales")
     parser.add_argument("--group-strength", type=float, default=5e-4, help="of torch-pruning's group norm")
+    parser.add_argument("--amp", action="store_true", help="train in bfloat16 where autocast does")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--progress", action="store_true", help="show a bar while training")

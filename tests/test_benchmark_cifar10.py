@@ -49,9 +49,12 @@ def subject(weights):
 def test_every_method_meets_the_target_and_trains_as_long(subject, method, monkeypatch):
     trained = []
     whole = subject.tuned
-    monkeypatch.setattr(
-        subject, "tuned", lambda model, epochs, *rest: [trained.append(epochs), whole(model, epochs, *rest)][1]
-    )
+
+    def tuned(model, epochs, *rest, **more):
+        trained.append(epochs)
+        return whole(model, epochs, *rest, **more)
+
+    monkeypatch.setattr(subject, "tuned", tuned)
     before = {name: tensor.clone() for name, tensor in subject.network.state_dict().items()}
     cell = {"network": "resnet8", "method": method, "seed": 0, "target": 0.5}
     found = subject.measured(cell)
