@@ -189,9 +189,12 @@ def _powers(parameter: torch.Tensor, name: str, dims: Sequence[int], p: float) -
     if any(parameter.shape[d] > 1 for d in others):
         sums = _along(_summed(weight, others, p))
     else:
-        parts = _parts(weight.reshape([parameter.shape[d] for d in dims]) if others else weight)
-        first, *rest = zip(*(_along(_powered(part, p)) for part in parts), strict=True)
-        sums = [torch.cat(first), *(torch.stack(along).sum(0) for along in rest)]
+        first, rest = [], []
+        for part in _parts(weight.reshape([parameter.shape[d] for d in dims]) if others else weight):
+            rows, *along = _along(_powered(part, p))
+            first.append(rows)
+            rest = [held.add_(more) for held, more in zip(rest, along, strict=True)] if rest else along
+        sums = [torch.cat(first), *rest]
     sums = [along.cpu() for along in sums]
     if not math.isfinite(sums[0].sum()):  # of one dim, as each sum is over all elements
         raise InputError(f"{name} holds NaN or infinity, or values too large for the {p}-th power; it has no norm")
@@ -203,7 +206,11 @@ def _summed(weight: torch.Tensor, dims: list[int], p: float) -> torch.Tensor:
     if 0 not in dims:
         wide = torch.complex128 if weight.is_complex() else torch.float64
         return _power(torch.linalg.vector_norm(weight, p, dim=dims, dtype=wide), p)
-    return torch.stack([_powered(part, p).sum(dims) for part in _parts(weight)]).sum(0)  # a norm over dim 0 is slow
+    first, *rest = _parts(weight)  # a norm over dim 0 is slow
+    total = _powered(first, p).sum(dims)
+    for part in rest:
+        total += _powered(part, p).sum(dims)
+    return total
 
 
 def _parts(weight: torch.Tensor) -> Sequence[torch.Tensor]:
