@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -171,7 +172,8 @@ def _vectors(weights: Mapping[str, torch.Tensor], p: float) -> dict[str, list[to
             alike.setdefault((weight.device, weight.dtype), []).append(name)
     found: dict[str, list[torch.Tensor]] = {}
     for names in alike.values():
-        powers = _powered(torch.cat([weights[name].detach() for name in names]), p).cpu()
+        joined = torch.cat([weights[name].detach() for name in names])
+        powers = _power((joined.abs() if joined.is_complex() else joined).double(), p).cpu()
         if math.isfinite(powers.sum()):
             parts = torch.split(powers, [len(weights[name]) for name in names])
             found |= {name: [part] for name, part in zip(names, parts, strict=True)}
@@ -190,8 +192,8 @@ def _powers(parameter: torch.Tensor, name: str, dims: Sequence[int], p: float) -
         sums = _along(_summed(weight, others, p))
     else:
         first, rest = [], []
-        for part in _parts(weight.reshape([parameter.shape[d] for d in dims]) if others else weight):
-            rows, *along = _along(_powered(part, p))
+        for part in _powered(weight.reshape([parameter.shape[d] for d in dims]) if others else weight, p):
+            rows, *along = _along(part)
             first.append(rows)
             rest = [held.add_(more) for held, more in zip(rest, along, strict=True)] if rest else along
         sums = [torch.cat(first), *rest]
@@ -206,27 +208,25 @@ def _summed(weight: torch.Tensor, dims: list[int], p: float) -> torch.Tensor:
     if 0 not in dims:
         wide = torch.complex128 if weight.is_complex() else torch.float64
         return _power(torch.linalg.vector_norm(weight, p, dim=dims, dtype=wide), p)
-    first, *rest = _parts(weight)  # a norm over dim 0 is slow
-    total = _powered(first, p).sum(dims)
-    for part in rest:
-        total += _powered(part, p).sum(dims)
-    return total
+    sums = (part.sum(dims) for part in _powered(weight, p))  # a norm over dim 0 is slow
+    return functools.reduce(torch.Tensor.add_, sums)
 
 
-def _parts(weight: torch.Tensor) -> Sequence[torch.Tensor]:
-    """The rows of a weight, as many at a time as stay in a cache when they are widened."""
-    return torch.split(weight, max(1, PART // max(1, weight[0].numel()))) if weight.numel() > PART else (weight,)
+def _powered(weight: torch.Tensor, p: float) -> Iterator[torch.Tensor]:
+    """The p-th powers in float64, so many rows at a time as stay in a cache; each part is written over the last."""
+    weight = weight.abs() if weight.is_complex() else weight
+    rows = max(1, PART // max(1, weight[0].numel())) if weight.numel() > PART else max(1, len(weight))
+    wide = torch.empty((rows, *weight.shape[1:]), dtype=torch.float64, device=weight.device)
+    for part in torch.split(weight, rows):
+        yield _power(wide[: len(part)].copy_(part), p)
 
 
 def _along(held: torch.Tensor) -> list[torch.Tensor]:
     """The sums at each position of each dim."""
     every = range(held.dim())
-    return [held.sum([k for k in every if k != d]) for d in every] if held.dim() > 1 else [held]
-
-
-def _powered(x: torch.Tensor, p: float) -> torch.Tensor:
-    return _power((x.abs() if x.is_complex() else x).double(), p)
+    return [held.sum([k for k in every if k != d]) for d in every] if held.dim() > 1 else [held.clone()]
 
 
 def _power(x: torch.Tensor, p: float) -> torch.Tensor:
-    return x.square() if p == 2 else x.abs().pow(p)
+    """The p-th powers of real numbers, in their place."""
+    return x.square_() if p == 2 else x.abs_().pow_(p)
