@@ -191,7 +191,8 @@ def _powers(parameter: torch.Tensor, name: str, dims: Sequence[int], p: float) -
     if any(parameter.shape[d] > 1 for d in others):
         sums = _along(_summed(weight, others, p))
     else:
-        first, rest = [], []
+        first: list[torch.Tensor] = []
+        rest: list[torch.Tensor] = []
         for part in _powered(weight.reshape([parameter.shape[d] for d in dims]) if others else weight, p):
             rows, *along = _along(part)
             first.append(rows)
