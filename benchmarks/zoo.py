@@ -125,6 +125,7 @@ def run(job: Job, args: argparse.Namespace, stop: threading.Event) -> Record:
     record: Record = {"model": job.model, "tool": job.tool, **job.about}
     record |= {"versions": zoo_tools.versions(job.section, job.tool), "seed": 0, "threads": args.threads}
     record |= {"date": datetime.date.today().isoformat(), "load_average": os.getloadavg()[0]}
+    record |= {"memory_gib": args.memory}
     if reason := zoo_tools.missing(job.tool):
         return record | {"missing": reason}
     if job.about.get("params", 0) >= args.limit_params * 1e6:

@@ -121,11 +121,12 @@ def conditions(results: Results) -> list[str]:
         if "limit_s" in record:
             limits.setdefault(record["tool"], set()).add(f"{record['limit_s']:g} s")
     limited = ", ".join(f"{tool} {' and '.join(sorted(seconds))}" for tool, seconds in limits.items())
+    memory = sorted({record.get("memory_gib", env["memory_gib"]) for record in records})
     packages = ", ".join(f"{package} {' and '.join(sorted(v))}" for package, v in found.items())
     return [
         f"{packages}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}; seed 0; {threads} thread(s), "
         f"{env['jobs']} process(es) at a time on {env['cpus']} CPUs ({env['machine']}), load average up to {load:.1f};",
-        f"limits: {limited}; {env['memory_gib']:g} GiB.",
+        f"limits: {limited}; {' and '.join(f'{gib:g}' for gib in memory)} GiB.",
     ]
 
 
