@@ -11,8 +11,9 @@ the results hold; cells with other settings are other cells. `--device cuda` tra
 Every network loses channels inside its blocks until `--target` of its multiply-adds are left (the residual stream
 stays, for all methods), and is fine-tuned by `gp.recover.finetune`; the epoch is chosen on a tenth of the training
 images, and the test set gives the last figures alone. Methods that train sparsely do so for `--sparse-epochs` of the
-epochs, so that all train equally long. "from scratch" trains the network that magnitude leaves from random weights for
-as many epochs. `--curve` removes fractions of all channels by their scales after slimming.
+epochs, so that all train equally long. Of every layer a tenth stays, whatever the method. "from scratch" trains the
+network that magnitude leaves from random weights for as many epochs. `--curve` removes fractions of all channels by
+their scales after slimming.
 """
 
 from __future__ import annotations
@@ -160,7 +161,7 @@ class Subject:
             return small, rest if peer.trains else self.options.epochs, self.options.lr, {}
         method = METHODS["Magnitude" if name == SCRATCH else name]
         model = self.by_slimming() if method.slims else self.network
-        result = self.pruned(model, method, gp.Target(macs=self.options.target))
+        result = self.pruned(model, method, gp.Target(macs=self.options.target, floor=cifar10_peer.FLOOR))
         known = {"error": result.report.verification.error, "effect": result.report.verification.effect}
         if name == SCRATCH:
             torch.manual_seed(self.seed)
@@ -174,7 +175,7 @@ class Subject:
         """The cell with its figures."""
         begun, more = time.perf_counter(), {}
         if "removed" in cell:
-            target = gp.Target(channels=1 - cell["removed"])
+            target = gp.Target(channels=1 - cell["removed"], floor=cifar10_peer.FLOOR)
             found = self.pruned(self.by_slimming(), METHODS[SLIMMING], target)
             rest = self.options.epochs - self.options.sparse_epochs
             known = {"error": found.report.verification.error, "effect": found.report.verification.effect}

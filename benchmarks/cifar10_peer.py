@@ -13,6 +13,8 @@ from torch import nn
 
 STEPS = 10
 """Bisections of the fraction that is pruned."""
+FLOOR = 0.1
+"""What stays of every layer at least: else whole layers go, and nothing is left to train."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def made(peer: Peer, model: nn.Module, example: torch.Tensor, strength: Mapping[
         example[:1],
         importance=peer.importance(**peer.options),
         pruning_ratio=ratio,
-        max_pruning_ratio=0.9,  # else whole layers go, and nothing is left to train
+        max_pruning_ratio=1 - FLOOR,
         ignored_layers=[model.linear, *stream],
         **options,
     )
