@@ -6,12 +6,15 @@ node. It can leave the batch size open and its graph can be run and rewritten, w
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import math
 import operator
 import re
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -46,7 +49,7 @@ def export(model: nn.Module, inputs: Inputs, open_dims: OpenDims = ()) -> Progra
 def _export(model: nn.Module, inputs: Inputs, open_dims: OpenDims) -> torch.export.ExportedProgram:
     def attempt() -> torch.export.ExportedProgram:
         shapes = _dynamic_shapes(inputs, open_dims) if open_dims else None
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _without_half_a_graph():
             warnings.simplefilter("ignore")
             return torch.export.export(model, inputs.args, dict(inputs.kwargs), dynamic_shapes=shapes, strict=False)
 
@@ -63,6 +66,20 @@ def _export(model: nn.Module, inputs: Inputs, open_dims: OpenDims) -> torch.expo
         return attempt()
     except Exception as error:
         raise TraceError(export_failure(model, error)) from error
+
+
+@contextlib.contextmanager
+def _without_half_a_graph() -> Iterator[None]:
+    """An export that fails prints what it had of the graph, thousands of lines; whatever else is printed stays."""
+    printed, half = io.StringIO(), ""
+    try:
+        with contextlib.redirect_stderr(printed):
+            yield
+    except Exception as error:
+        half = f"{getattr(error, 'partial_fx_graph', '')}\n"
+        raise
+    finally:
+        sys.stderr.write(printed.getvalue().replace(half, "") if half.strip() else printed.getvalue())
 
 
 def _run_apart(model: nn.Module, inputs: Inputs) -> Any:

@@ -17,6 +17,9 @@ from graphprune.program import VIEWS, Program, Value
 from graphprune.trace.inputs import Inputs
 from graphprune.trace.walk import held, modules, parameters_and_buffers
 
+LONGEST = 400
+"""How many characters of what torch says about a failure are passed on."""
+
 
 def check(model: object, inputs: Inputs) -> None:
     """Refuse what no front end can make sense of.
@@ -240,4 +243,6 @@ def _is_foreign(path: str) -> bool:
 
 
 def _first_line(error: Any) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+    """What an error says first; of a condition on symbolic sizes, which can fill pages, the beginning."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]} ..."

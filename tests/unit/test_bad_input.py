@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import sys
 
 import pytest
 import torch
@@ -277,6 +278,32 @@ def test_the_line_named_is_never_one_of_torch_or_of_python():
             half(Net(f))
         stopped = [line for line in str(caught.value).splitlines() if "stopped at" in line]
         assert all("test_bad_input.py" in line for line in stopped)
+
+
+def test_a_failed_trace_prints_no_graph_and_keeps_what_the_model_prints(capsys):
+    def f(self, x):
+        sys.stderr.write("seen\n")
+        return self.last(self.first(x)) if x.sum() > 0 else x
+
+    with pytest.raises(gp.TraceError, match="stopped at"):
+        half(Net(f))
+    printed = capsys.readouterr().err
+    assert "seen" in printed
+    assert "def forward" not in printed
+    assert "torch.ops" not in printed
+
+
+def test_a_condition_that_fills_pages_is_cut_short():
+    def f(self, x):
+        chosen = [x[x > k].sum().item() for k in range(40)]
+        return self.last(self.first(x)) if sum(chosen) > 0 else x
+
+    with pytest.raises(gp.TraceError) as caught:
+        half(Net(f))
+    first, stopped, *_ = str(caught.value).splitlines()
+    assert first.endswith(" ...")
+    assert 400 < len(first) < 500
+    assert "stopped at" in stopped
 
 
 @pytest.mark.parametrize(
