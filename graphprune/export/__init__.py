@@ -110,9 +110,20 @@ def _onnx(model: nn.Module, inputs: Inputs, path: Path) -> tuple[Runs, str]:
 
 
 def _torch_export(model: nn.Module, inputs: Inputs, path: Path) -> tuple[Runs, str]:
+    """As `export`.
+
+    Raises:
+        ArtefactError: the program takes or gives an object that torch cannot store.
+    """
     program, limits = traced_open(model, inputs)
     with path.open("wb") as file:
-        torch.export.save(program.source, file)
+        try:
+            torch.export.save(program.source, file)
+        except NotImplementedError as error:
+            raise ArtefactError(
+                f"torch cannot store this program: {error}\nleave such objects out of the inputs and outputs, as "
+                "use_cache=False among the inputs does for a language model"
+            ) from error
     with path.open("rb") as file:
         module: Any = torch.export.load(file).module()
     return lambda given: _outputs(given.map(torch.clone).call(module)), limits

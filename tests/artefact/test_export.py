@@ -183,6 +183,31 @@ def test_formats_are_named(tmp_path):
         gp.export(net(), tmp_path / "net", X, format="tflite")
 
 
+class Cache:
+    def __init__(self, held):
+        self.held = held
+
+
+torch.utils._pytree.register_pytree_node(Cache, lambda cache: ([cache.held], None), lambda held, _: Cache(*held))
+
+
+class Cached(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 5)
+
+    def forward(self, x, keep=True):
+        y = self.layer(x)
+        return (y, Cache(y)) if keep else y
+
+
+def test_an_object_that_torch_cannot_store_is_an_error_and_leaving_it_out_helps(tmp_path):
+    with pytest.raises(gp.ArtefactError, match=r"(?s)torch cannot store this program: .*Cache.*use_cache=False"):
+        gp.export(Cached(), tmp_path / "net.pt2", X, format="torch_export")
+    assert list(tmp_path.iterdir()) == []
+    assert gp.export(Cached(), tmp_path / "net.pt2", (X, False), format="torch_export").error == 0
+
+
 def test_places_that_hold_something_else_are_left_alone(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
