@@ -86,8 +86,9 @@ class Store:
             raise InputError(f"{path} is not readable ({error!r}); pass another directory") from error
         if wrong:
             key = wrong[0]
+            was, now = (f"{given[key]!s:.80}" for given in (found, described))  # of a model it is every shape
             raise InputError(
-                f"{self.directory} holds another run: {key} was {found[key]} and is {described[key]}; pass another "
+                f"{self.directory} holds another run: {key} was {was} and is {now}; pass another "
                 "directory, or the arguments of that run to go on with it"
             )
 
