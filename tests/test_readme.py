@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+from tests import pages
+
+PAGE = pages.ROOT / "README.md"
+README = PAGE.read_text()
 
 
 def test_every_python_block_runs_in_order(capsys):
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) >= 3
-    scope: dict[str, object] = {}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), scope)
-    printed = capsys.readouterr().out
+    scope, printed = pages.run(PAGE, capsys, commands=False)  # they are about models and images of one's own
     assert "graphprune: Sequential, requested macs 0.5" in printed
     assert "goes with" in printed
     assert type(scope["smaller"]) is type(scope["detector"])
-    assert scope["boxes"].shape[1] == 4  # type: ignore[attr-defined]
-    assert scope["small"][0].out_channels == 4  # type: ignore[index]
-    assert scope["done"].error == 0  # type: ignore[attr-defined]
+    assert scope["boxes"].shape[1] == 4
+    assert scope["small"][0].out_channels == 4
+    assert scope["done"].error == 0
     x = torch.rand(2, 7, 8)
-    assert torch.equal(scope["again"](x), scope["alone"](x))  # type: ignore[operator]
-    net, largest = scope["net"], scope["by_largest"].plan.groups["0"]  # type: ignore[attr-defined,index]
-    members = [net[0].weight, net[0].bias, net[1].weight, net[1].bias, net[3].weight.transpose(0, 1)]  # type: ignore[index]
+    assert torch.equal(scope["again"](x), scope["alone"](x))
+    net, largest = scope["net"], scope["by_largest"].plan.groups["0"]
+    members = [net[0].weight, net[0].bias, net[1].weight, net[1].bias, net[3].weight.transpose(0, 1)]
     scores = torch.cat([m.detach().reshape(16, -1) for m in members], 1).abs().amax(1)
     assert largest == tuple(sorted(scores.argsort(descending=True, stable=True)[:8].tolist()))
 
@@ -41,6 +37,5 @@ def test_there_are_two_commands_and_both_start_from_nothing():
 
 
 def test_every_file_the_readme_links_to_is_there():
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    assert pages.links(PAGE)
+    assert pages.broken(PAGE) == []
