@@ -25,7 +25,7 @@ from graphprune.importance.fallback import scored_by
 from graphprune.iterative.lineage import Lineage
 from graphprune.iterative.schedule import Schedule, targets
 from graphprune.iterative.store import Store
-from graphprune.latency import Latency, Predictor
+from graphprune.latency import Predictor
 from graphprune.migrate import Unfit, migrate
 from graphprune.plan import Plan
 from graphprune.pruning import (
@@ -34,9 +34,9 @@ from graphprune.pruning import (
     check,
     compared,
     names_of,
-    prediction,
     repair_data,
     require_groups,
+    timer,
 )
 from graphprune.recover import Method
 from graphprune.report import Choice, Report, report
@@ -98,7 +98,7 @@ def prune_iteratively(
     schedule: Schedule = "linear",
     importance: Importance = Magnitude(),  # noqa: B008 - frozen
     allocation: Allocation = "uniform",
-    latency: Predictor = Latency(),  # noqa: B008 - frozen
+    latency: Predictor | None = None,
     train: Callable[[Step], object] = lambda step: None,
     optimizer: Optimizer | None = None,
     unfit: Unfit = "error",
@@ -155,7 +155,8 @@ def prune_iteratively(
     inputs, names, before = Inputs.of(example_inputs), names_of(model), model
     coupling = couples(trace(model, inputs))
     require_groups(coupling)
-    predicted = prediction(latency, target, model, inputs, coupling)
+    latency = timer(latency, target)
+    predicted = None if latency is None else latency(model, inputs, coupling)
     allocates = partial(allocate, method=allocation, latency=predicted)
     lineage = Lineage(coupling, Plan.of(coupling, {}))
     plans: list[Plan] = []
@@ -179,7 +180,7 @@ def prune_iteratively(
         ways: Any = {} if saved else {"repair": repair, "batchnorm": batchnorm, "data": data}
         carried = carry(before, inputs, coupling, plan, **ways)
         small = carried[0].model
-        times = compared(latency, target, model, small, inputs)
+        times = compared(latency, model, small, inputs)
         ways = {"choice": choice, "latency": predicted, "measured": times}
         reported = report(lineage.coupling, lineage.plan, aim, *carried, **ways)
         result = Result(small, plan, coupling, reported, names_of(before), inputs, carried[0].changes)

@@ -19,12 +19,13 @@ from graphprune.coupling import Coupling, Unknown
 from graphprune.errors import GraphpruneError, InputError
 from graphprune.files import write_whole
 from graphprune.importance import Importance, Scores
+from graphprune.latency import Prediction
 from graphprune.plan import Plan
 from graphprune.program import Program
 from graphprune.recover import Repair
 from graphprune.report import gather, markdown, page, plots, text
 from graphprune.report.codec import decoded, encoded
-from graphprune.report.records import Change, Histogram, Layer, Op, Pinned, Slot, Stage, Width
+from graphprune.report.records import Change, Histogram, Layer, Op, Pinned, Slot, Stage, Timing, Width
 from graphprune.rewrite import Rewritten
 from graphprune.sensitivity import Sensitivity
 from graphprune.verify import Verification
@@ -39,6 +40,7 @@ __all__ = [
     "Report",
     "Slot",
     "Stage",
+    "Timing",
     "Width",
     "report",
 ]
@@ -53,8 +55,8 @@ class Report:
     Attributes:
         model_class: name of the pruned class.
         requested: the target.
-        costs: macs, params, memory in bytes and channels, before and after, at the example inputs; with a latency in
-            the target also that, predicted, in nanoseconds.
+        costs: macs, params, memory in bytes and channels, before and after, at the example inputs; where time was
+            measured also the latency, predicted, in nanoseconds.
         groups: every group before and after.
         pinned: parts of parameters that stayed whole, with the cause.
         unknown: ops without a rule.
@@ -72,6 +74,7 @@ class Report:
         ops: the calls that `groups` and `stages` speak of by position.
         sensitivity: a scan of the model; None if there was none.
         measured: nanoseconds that the original and the smaller model took, measured in turn; None if they were not.
+        timing: what the predicted time is made of, beside the calls of the layers; None where no `Latency` predicted it.
     """
 
     model_class: str
@@ -94,6 +97,7 @@ class Report:
     ops: tuple[Op, ...] = field(default=(), repr=False)
     sensitivity: Sensitivity | None = field(default=None, repr=False)
     measured: Change | None = None
+    timing: Timing | None = None
 
     def __str__(self) -> str:
         """A summary of one screen; `table()` has every group."""
@@ -132,7 +136,7 @@ class Report:
         return page.fragment(self)
 
     def plot(self) -> dict[str, Any]:
-        """The report as figures of matplotlib, by name: "totals", "widths", "layers", "scores" and "sensitivity".
+        """The report as figures of matplotlib, by name: "totals", "widths", "layers", "times", "scores" and "sensitivity".
 
         Those for which the report has no data are left out.
 
@@ -202,6 +206,7 @@ def _demands(found: Report) -> Iterator[tuple[str, bool]]:
     yield "a histogram has no bins", all(0 < len(s.kept) == len(s.removed) for s in spreads)
     yield "a cost is missing", all({"macs", "params"} <= cost.keys() for cost in costs)
     yield "a cost is no number", all(c.before >= 0 and c.after >= 0 for c in changes)
+    yield "a time is no number", found.timing is None or (found.timing.besides >= 0 and 0 <= found.timing.share <= 1)
     yield "an unknown op has no nodes", all(u.nodes for u in found.unknown)
     yield "a curve has no points", all(0 < len(c.widths) == len(c.increases) and c.size > 0 for c in curves)
 
@@ -246,6 +251,7 @@ def report(
     scan = getattr(choice.importance, "sensitivity", None) if choice else None
     costs: list[Costs] = [make(coupling) for make in COSTS.values()] + ([] if latency is None else [latency])
     scores, others = (choice.scores, choice.others) if choice else ({}, {})
+    predicted = latency if isinstance(latency, Prediction) else None
     return Report(
         model_class=coupling.program.model_class,
         requested=replace(target, protect=tuple(target.protect), tied=tuple(map(tuple, target.tied))),
@@ -262,9 +268,10 @@ def report(
         repair=repair,
         importance=gather.described(choice.importance) if choice else "",
         allocation=choice.allocation if choice else "",
-        layers=tuple(gather.layers(coupling, kept)),
+        layers=tuple(gather.layers(coupling, kept, predicted)),
         stages=tuple(gather.stages(coupling, ops)),
         ops=tuple(ops.positions),
         sensitivity=scan if isinstance(scan, Sensitivity) else None,
         measured=None if measured is None else Change(*map(round, measured)),
+        timing=None if predicted is None else gather.timing(predicted),
     )

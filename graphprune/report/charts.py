@@ -6,7 +6,6 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from graphprune.report import text
-from graphprune.report.records import Change, Layer
 from graphprune.sensitivity import Sensitivity
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ def bar(before: float, after: float) -> str:
 
 
 def short(value: int | float) -> str:
-    """A cost in at most five letters."""
+    """A cost in few letters."""
     for unit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= unit:
             return f"{value / unit:.3g}{letter}"
@@ -56,25 +55,21 @@ def totals(report: Report) -> str:
 
 
 def layers(report: Report) -> str:
-    """Multiply-adds and parameters of each layer; layers without multiply-adds are one row at the end."""
-    shown = [layer for layer in report.layers if layer.costs["macs"].before]
-    rest = [layer for layer in report.layers if not layer.costs["macs"].before]
-    if rest:
-        sums = [sum(getattr(layer.costs["params"], when) for layer in rest) for when in ("before", "after")]
-        shown.append(Layer(f"{len(rest)} without MACs", {"macs": Change(0, 0), "params": Change(*sums)}))
-    most = {name: max((layer.costs[name].before for layer in shown), default=1) or 1 for name in ("macs", "params")}
+    """What each layer costs; see `text.by_layer`."""
+    names, shown, left = text.by_layer(report)
+    most = {name: max((layer.costs[name].before for layer in shown), default=1) or 1 for name in names}
     rows = []
-    for layer in shown:
+    for k, layer in enumerate([*shown, *left]):
         cells = []
-        for name in ("macs", "params"):
-            change = layer.costs[name]
-            cells.append(
-                f'{bar(change.before / most[name], change.after / most[name])}<span class="n">'
-                f"{short(change.before)} → {short(change.after)}</span>"
-            )
+        for name in names:
+            change, unit = layer.costs[name], 1e3 if name == "latency" else 1
+            drawn = bar(change.before / most[name], change.after / most[name]) if k < len(shown) else "<span></span>"
+            cells.append(f'{drawn}<span class="n">{short(change.before / unit)} → {short(change.after / unit)}</span>')
         rows.append(f"<li><code>{escape(layer.name or '(the model itself)')}</code>{''.join(cells)}</li>")
-    head = '<li class="head"><span>layer</span><span>MACs</span><span></span><span>parameters</span><span></span></li>'
-    return f'<ol class="rows layers">{head}{"".join(rows)}</ol>'
+    titles = {"macs": "MACs", "params": "parameters", "latency": "time in μs"}
+    head = "".join(f"<span>{titles[name]}</span><span></span>" for name in names)
+    timed = " timed" if "latency" in names else ""
+    return f'<ol class="rows layers{timed}"><li class="head"><span>layer</span>{head}</li>{"".join(rows)}</ol>'
 
 
 def sensitivity(scan: Sensitivity) -> str:

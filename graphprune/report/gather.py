@@ -15,9 +15,10 @@ from graphprune.axes import Atom
 from graphprune.cost import Cost, widths
 from graphprune.coupling import Coupling, Group
 from graphprune.importance import Importance, Order, Scores, ordered
+from graphprune.latency import Prediction
 from graphprune.plan import Plan
 from graphprune.program import Node, Value
-from graphprune.report.records import Change, Histogram, Layer, Op, Pinned, Slot, Stage, Width
+from graphprune.report.records import Change, Histogram, Layer, Op, Pinned, Slot, Stage, Timing, Width
 
 SHOWN = 24
 """Members that are listed per group; groups of a concatenation can have thousands."""
@@ -147,8 +148,8 @@ def pinned(coupling: Coupling) -> Iterator[Pinned]:
 # -- layers and the flow between axes --------------------------------------------------------------------------------
 
 
-def layers(coupling: Coupling, kept: Mapping[str, int]) -> Iterator[Layer]:
-    """Multiply-adds and parameters of each module that has any of its own, in the order in which they run."""
+def layers(coupling: Coupling, kept: Mapping[str, int], latency: Prediction | None = None) -> Iterator[Layer]:
+    """Multiply-adds, parameters and predicted time of each module that has any of its own, as they first run."""
     program = coupling.program
     called = [
         (a.node.module, [(*made, *summed) for made, summed in a.macs]) for a in coupling.applied.values() if a.macs
@@ -162,8 +163,22 @@ def layers(coupling: Coupling, kept: Mapping[str, int]) -> Iterator[Layer]:
             costs = found.setdefault(module, {n: Change(0, 0) for n in ("macs", "params")})
             sofar = costs[name]
             costs[name] = Change(sofar.before + round(before), sofar.after + round(after))
-    for module, costs in found.items():
-        yield Layer(module, costs)
+    if latency is not None:
+        before, after = (latency.by_module(now) for now in ({}, kept))
+        for module in found | before:
+            costs = found.setdefault(module, {n: Change(0, 0) for n in ("macs", "params")})
+            costs["latency"] = Change(round(before.get(module, 0.0)), round(after.get(module, 0.0)))
+    turns = {module: k for k, module in enumerate(dict.fromkeys(node.module for node in program.nodes))}
+    for module in sorted(found, key=lambda module: turns.get(module, len(turns))):
+        yield Layer(module, found[module])
+
+
+def timing(latency: Prediction) -> Timing:
+    """What the time that is predicted is made of."""
+    total = latency.at({})
+    together, nanoseconds = latency.together
+    besides = max(0.0, total - sum(latency.by_module({}).values()))
+    return Timing(besides, together, min(1.0, nanoseconds / total) if total else 0.0)
 
 
 def stages(coupling: Coupling, ops: Ops) -> Iterator[Stage]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from graphprune.errors import InputError
+from graphprune.report.text import by_layer
 
 if TYPE_CHECKING:
     from graphprune.report import Report
@@ -71,6 +72,14 @@ def _layers(report: Report, make: Any) -> Any:
     return _bars(make, [(name, c.before, c.after) for name, c in macs], "MACs")
 
 
+def _times(report: Report, make: Any) -> Any:
+    names, layers, _ = by_layer(report)
+    if "latency" not in names:
+        return None
+    times = [(layer.name, layer.costs["latency"]) for layer in layers]
+    return _bars(make, [(name, c.before / 1e6, c.after / 1e6) for name, c in times if c.before], "predicted ms")
+
+
 def _scores(report: Report, make: Any) -> Any:
     """A histogram per group, with what was cut off and where."""
     scored = [(w, w.scores) for w in sorted(report.groups, key=lambda w: -w.before) if w.scores is not None][:PANELS]
@@ -105,6 +114,7 @@ _FIGURES: Mapping[str, Callable[[Report, Any], Any]] = {
     "totals": _totals,
     "widths": _widths,
     "layers": _layers,
+    "times": _times,
     "scores": _scores,
     "sensitivity": _sensitivity,
 }

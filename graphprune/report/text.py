@@ -6,10 +6,14 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from graphprune.recover import Quality
-from graphprune.report.records import Change
+from graphprune.report.records import Change, Layer
 
 if TYPE_CHECKING:
     from graphprune.report import Report
+
+
+BRIEF = 0.01
+"""Layers without multiply-adds are shown one by one where they take at least this part of the time."""
 
 
 def summary(report: Report) -> str:
@@ -19,6 +23,8 @@ def summary(report: Report) -> str:
         lines.append(f"  {name:<9} {_line(name, change, 'predicted')}")
     if report.measured is not None:
         lines.append(f"  {'':<9} {_line('latency', report.measured, 'measured')}")
+    if report.timing is not None:
+        lines.append(f"  timed     {timed(report)}")
     lines.append(f"  groups    {grouped(report)}")
     if report.importance:
         lines.append(f"  scored    by {report.importance}, {report.allocation} allocation")
@@ -59,6 +65,42 @@ def _line(name: str, change: Change, how: str) -> str:
     """Before, after and fraction kept; `how` a time is known."""
     before, after = (amount(name, value).removesuffix(" ms") for value in (change.before, change.after))
     return f"{before:>15} -> {after:>15}  ({change.kept:.3f} kept" + (f", ms {how})" if name == "latency" else ")")
+
+
+def by_layer(report: Report) -> tuple[list[str], list[Layer], list[Layer]]:
+    """The costs that are known layer by layer, the layers that are worth a row, and rows for what is left.
+
+    That is all other layers together and, where there are times, what the model takes outside of all calls, so that
+    every column adds up.
+    """
+    known = any("latency" in layer.costs for layer in report.layers)
+    names = ["macs", "params", *(["latency"] if known else [])]
+    none = {name: Change(0, 0) for name in names}
+    layers = [Layer(layer.name, {**none, **layer.costs}) for layer in report.layers]
+    total = sum(layer.costs["latency"].before for layer in layers) if known else 0
+
+    def worth(layer: Layer) -> bool:
+        return bool(layer.costs["macs"].before or (known and layer.costs["latency"].before > BRIEF * total))
+
+    shown, rest = [y for y in layers if worth(y)], [y for y in layers if not worth(y)]
+    left = []
+    if rest:
+        sums = {n: Change(*(sum(getattr(y.costs[n], w) for y in rest) for w in ("before", "after"))) for n in names}
+        left.append(Layer(f"{len(rest)} without MACs", sums))
+    if known and report.timing is not None:
+        left.append(Layer("outside all calls", {**none, "latency": Change(*[report.timing.besides] * 2)}))
+    return names, shown, left
+
+
+def timed(report: Report) -> str:
+    """What a predicted time is made of."""
+    t = report.timing
+    if t is None:
+        return "no"
+    besides = f"call by call, {amount('latency', t.besides)} besides"
+    if not t.together:
+        return besides
+    return f"{besides}; {t.together} calls, {t.share:.3f} of the time, only as all their sizes shrink at once"
 
 
 def grouped(report: Report) -> str:
