@@ -112,7 +112,7 @@ class Prediction:
 
     @property
     def together(self) -> tuple[int, float]:
-        """How many calls were measured as all their sizes shrank at once, and the nanoseconds they take in the original.
+        """How many calls were measured only as all their sizes shrank at once, and the original's nanoseconds for them.
 
         Their time at widths that keep different fractions follows from how much they compute, and is no measurement.
         """

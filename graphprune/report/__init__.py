@@ -74,7 +74,7 @@ class Report:
         ops: the calls that `groups` and `stages` speak of by position.
         sensitivity: a scan of the model; None if there was none.
         measured: nanoseconds that the original and the smaller model took, measured in turn; None if they were not.
-        timing: what the predicted time is made of, beside the calls of the layers; None where no `Latency` predicted it.
+        timing: what the predicted time is made of, beside the calls of the layers; None without one.
     """
 
     model_class: str
@@ -136,9 +136,9 @@ class Report:
         return page.fragment(self)
 
     def plot(self) -> dict[str, Any]:
-        """The report as figures of matplotlib, by name: "totals", "widths", "layers", "times", "scores" and "sensitivity".
+        """The report as figures of matplotlib, by name; those for which it has no data are left out.
 
-        Those for which the report has no data are left out.
+        They are "totals", "widths", "layers", "times", "scores" and "sensitivity".
 
         Raises:
             InputError: matplotlib is not installed.
@@ -216,13 +216,13 @@ class Choice:
     """How the channels were chosen.
 
     Attributes:
-        importance: the criterion.
+        importance: the criterion, or words for it.
         allocation: the method.
         scores: what the criterion gave, by group.
         others: per group that an `otherwise` scored, which criterion that was.
     """
 
-    importance: Importance
+    importance: Importance | str
     allocation: str
     scores: Scores
     others: Mapping[str, Importance] = field(default_factory=dict)

@@ -41,13 +41,15 @@ class Ops:
 
 
 def described(criterion: object) -> str:
-    """The class of a criterion and those of its options that are plain and differ from their defaults.
+    """The class of a criterion and those of its options that are plain and differ from their defaults; words as such.
 
     Example:
         >>> import graphprune as gp
         >>> described(gp.importance.Gamma("max", otherwise=gp.importance.Magnitude()))
         "Gamma(reduction='max', otherwise=Magnitude)"
     """
+    if isinstance(criterion, str):
+        return criterion
     if not dataclasses.is_dataclass(criterion):
         return str(getattr(criterion, "__name__", type(criterion).__name__))
     options = []

@@ -97,6 +97,9 @@ def _scores(report: Report, make: Any) -> Any:
             axes.axvline(spread.cut, color="black", linestyle="--", linewidth=1)
         axes.set_title(_literal(width.name), fontsize=7)
         axes.tick_params(labelsize=6)
+        axes.locator_params(axis="x", nbins=4)
+        axes.ticklabel_format(axis="x", scilimits=(-2, 4))
+        axes.xaxis.get_offset_text().set_fontsize(6)
     for axes in panels[len(scored) :]:
         axes.set_axis_off()
     return figure
