@@ -25,6 +25,7 @@ from graphprune.program import Program
 from graphprune.recover import Repair
 from graphprune.report import gather, markdown, page, plots, text
 from graphprune.report.codec import decoded, encoded
+from graphprune.report.history import History, Track
 from graphprune.report.records import Change, Histogram, Layer, Op, Pinned, Slot, Stage, Timing, Width
 from graphprune.rewrite import Rewritten
 from graphprune.sensitivity import Sensitivity
@@ -34,6 +35,7 @@ __all__ = [
     "Change",
     "Choice",
     "Histogram",
+    "History",
     "Layer",
     "Op",
     "Pinned",
@@ -41,6 +43,7 @@ __all__ = [
     "Slot",
     "Stage",
     "Timing",
+    "Track",
     "Width",
     "report",
 ]
@@ -75,6 +78,7 @@ class Report:
         sensitivity: a scan of the model; None if there was none.
         measured: nanoseconds that the original and the smaller model took, measured in turn; None if they were not.
         timing: what the predicted time is made of, beside the calls of the layers; None without one.
+        training: how a penalty shrank the channels before; None if none is known.
     """
 
     model_class: str
@@ -98,6 +102,7 @@ class Report:
     sensitivity: Sensitivity | None = field(default=None, repr=False)
     measured: Change | None = None
     timing: Timing | None = None
+    training: History | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         """A summary of one screen; `table()` has every group."""
@@ -138,7 +143,7 @@ class Report:
     def plot(self) -> dict[str, Any]:
         """The report as figures of matplotlib, by name; those for which it has no data are left out.
 
-        They are "totals", "widths", "layers", "times", "scores" and "sensitivity".
+        They are "totals", "widths", "layers", "times", "scores", "sensitivity" and "training".
 
         Raises:
             InputError: matplotlib is not installed.
@@ -162,6 +167,10 @@ class Report:
     def with_sensitivity(self, scan: Sensitivity) -> Report:
         """The report, and a scan of the same model to show with it."""
         return replace(self, sensitivity=scan)
+
+    def with_training(self, history: History) -> Report:
+        """The report, and what a penalty recorded while the model was trained, to show with it."""
+        return replace(self, training=history)
 
 
 def _text(report: Report) -> str:
@@ -208,6 +217,10 @@ def _demands(found: Report) -> Iterator[tuple[str, bool]]:
     yield "a cost is no number", all(c.before >= 0 and c.after >= 0 for c in changes)
     yield "a time is no number", found.timing is None or (found.timing.besides >= 0 and 0 <= found.timing.share <= 1)
     yield "an unknown op has no nodes", all(u.nodes for u in found.unknown)
+    h = found.training
+    rows = [] if h is None else [h.near_zero, *(track.sizes for track in h.groups.values())]
+    yield "a history has other records than steps", h is None or all(0 < len(r) == len(h.steps) for r in rows)
+    yield "a record has not five sizes", all(len(sizes) == 5 for each in rows[1:] for sizes in each)  # type: ignore[arg-type]
     yield "a curve has no points", all(0 < len(c.widths) == len(c.increases) and c.size > 0 for c in curves)
 
 

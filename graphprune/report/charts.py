@@ -1,15 +1,19 @@
-"""Charts of a report as HTML and SVG: totals, costs by layer, curves of sensitivity."""
+"""Charts of a report as HTML and SVG: totals, costs by layer, curves of sensitivity, sizes while training."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from html import escape
 from typing import TYPE_CHECKING
 
 from graphprune.report import text
+from graphprune.report.plots import PANELS
 from graphprune.sensitivity import Sensitivity
 
 if TYPE_CHECKING:
     from graphprune.report import Report
+    from graphprune.report.history import History
 
 TITLES = {
     "macs": "MACs",
@@ -21,6 +25,7 @@ TITLES = {
 CURVES = 8
 """Curves of sensitivity that get a colour and a name."""
 _WIDE, _HIGH, _LEFT, _LOW = 560, 260, 56, 34
+_ACROSS, _DOWN = 200, 90
 
 
 def bar(before: float, after: float) -> str:
@@ -108,4 +113,50 @@ def sensitivity(scan: Sensitivity) -> str:
         f'<text x="{(_WIDE + _LEFT) / 2}" y="{_HIGH - 2}" text-anchor="middle">fraction kept</text>'
         f"{''.join(parts)}</svg>"
         f"<ol>{''.join(reversed(names))}</ol></div>"
+    )
+
+
+def training(history: History) -> str:
+    """The fraction near zero, and a panel per group: smallest to largest, 10 to 90 % and the median, over the steps."""
+    first, last = history.steps[0], history.steps[-1]
+    xs = [_ACROSS * (step - first) / ((last - first) or 1) for step in history.steps]
+
+    def line(ys: Iterable[float]) -> list[str]:
+        return [f"{x:.1f},{_DOWN * (1 - min(max(0.0, y), 1.0)):.1f}" for x, y in zip(xs, ys, strict=True)]
+
+    near = f'<polyline points="{" ".join(line(history.near_zero))}"/>'
+    panels = [_panel("near zero, of all channels", near, "1", "0", history)]
+    for name, track in list(history.groups.items())[:PANELS]:
+        low, high = track.bounds
+        every = [[math.log(max(low, s) / low) / math.log(high / low) for s in row] for row in track.sizes]
+        least, lower, middle, upper, most = (line(ys) for ys in zip(*every, strict=True))
+        drawn = "".join(
+            f'<polygon class="{kind}" points="{" ".join([*above, *reversed(below)])}"/>'
+            for kind, below, above in (("all", least, most), ("most", lower, upper))
+        )
+        zero = line([math.log(max(low, track.near) / low) / math.log(high / low)] * len(xs))
+        drawn += f'<polyline class="cut" points="{zero[0]} {_ACROSS},{zero[0].split(",")[1]}"/>'
+        panels.append(
+            _panel(name, f'{drawn}<polyline points="{" ".join(middle)}"/>', f"{high:.2g}", f"{low:.1g}", history)
+        )
+    left = len(history.groups) - PANELS
+    more = f" {left} more groups are not drawn." if left > 0 else ""
+    return (
+        f'<p class="note">Sizes of the channels that {escape(history.penalty)} shrank, over the steps of training, '
+        "on a logarithmic scale: from the smallest to the largest, from 10 to 90 % of the channels, and the median. "
+        f'Below the dashed line a channel is near zero.{more}</p><div class="panels">{"".join(panels)}</div>'
+    )
+
+
+def _panel(name: str, drawn: str, high: str, low: str, history: History) -> str:
+    ends = [
+        (-6, 9, "end", high),
+        (-6, _DOWN, "end", low),
+        (0, _DOWN + 16, "start", f"{history.steps[0]:,}"),
+        (_ACROSS, _DOWN + 16, "end", f"{history.steps[-1]:,}"),
+    ]
+    said = "".join(f'<text x="{x}" y="{y}" text-anchor="{anchor}">{words}</text>' for x, y, anchor, words in ends)
+    return (
+        f"<figure><figcaption><code>{escape(name)}</code></figcaption>"
+        f'<svg viewBox="-56 -4 {_ACROSS + 60} {_DOWN + 24}">{drawn}{said}</svg></figure>'
     )

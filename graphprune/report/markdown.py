@@ -41,6 +41,8 @@ def facts(report: Report) -> list[tuple[str, str]]:
     if report.importance:
         found.append(("scored", f"by {report.importance}, {report.allocation} allocation"))
     found += [("scored apart", line) for line in text.scored_apart(report)]
+    if report.training is not None:
+        found.append(("trained", str(report.training)))
     found.append(("traced", report.traced))
     found.append(("emitted", report.emitter + (f" because {report.reason}" if report.reason else "")))
     if report.grafts:

@@ -69,6 +69,7 @@ def _sections(report: Report) -> Iterable[tuple[str, str, str]]:
     yield "layers", "Layers", _search("layers", "layers") + charts.layers(report) if report.layers else ""
     yield "pinned", "Pinned", _pinned(report)
     yield "sensitivity", "Sensitivity", charts.sensitivity(report.sensitivity) if report.sensitivity else ""
+    yield "training", "Sparse training", charts.training(report.training) if report.training else ""
 
 
 def _header(report: Report) -> str:

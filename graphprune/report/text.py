@@ -29,6 +29,8 @@ def summary(report: Report) -> str:
     if report.importance:
         lines.append(f"  scored    by {report.importance}, {report.allocation} allocation")
     lines.extend(f"  scored    {line}" for line in scored_apart(report))
+    if report.training is not None:
+        lines.append(f"  trained   {report.training}")
     lines.append(f"  traced    {report.traced}")
     lines.append(f"  emitted   {report.emitter}" + (f" because {report.reason}" if report.reason else ""))
     if report.grafts:
