@@ -117,7 +117,8 @@ def prune_iteratively(
 
     In each step the model is traced and scored anew, cut to the step's target, verified, repaired if wanted, and
     handed to `train`. The target is never overshot; `model` and `optimizer` are left as they were. Channels that were a
-    group before a step and are none after it, which ops that tell sizes apart can bring about, stay from there on.
+    group before a step and are none after it, which ops that tell sizes apart can bring about, stay from there on; the
+    report says why, and in which step that was found.
 
     Args:
         model, example_inputs, importance, allocation, latency: as for `prune`; time is measured once, of the original.
@@ -161,9 +162,11 @@ def prune_iteratively(
     lineage = Lineage(coupling, Plan.of(coupling, {}))
     plans: list[Plan] = []
     reports: list[Report] = []
-    going_on = True
+    going_on, whole = True, dict[str, str]()
     for number, aim in enumerate(aims, 1):
-        coupling = couples(trace(before, inputs)) if plans else coupling
+        if plans:
+            coupling = couples(trace(before, inputs))
+            whole = {n: whole.get(n, f"{why}, found in step {number}") for n, why in lineage.stuck(coupling).items()}
         saved = store.read(number) if going_on else None
         going_on = saved is not None
         if saved:
@@ -181,7 +184,7 @@ def prune_iteratively(
         carried = carry(before, inputs, coupling, plan, **ways)
         small = carried[0].model
         times = compared(latency, model, small, inputs)
-        ways = {"choice": choice, "latency": predicted, "measured": times}
+        ways = {"choice": choice, "latency": predicted, "measured": times, "whole": whole}
         reported = report(lineage.coupling, lineage.plan, aim, *carried, **ways)
         result = Result(small, plan, coupling, reported, names_of(before), inputs, carried[0].changes)
         optimizer = None if optimizer is None else migrate(optimizer, result, unfit=unfit)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -258,8 +259,9 @@ def report(
     choice: Choice | None = None,
     latency: Costs | None = None,
     measured: tuple[float, float] | None = None,
+    whole: Mapping[str, str] = types.MappingProxyType({}),
 ) -> Report:
-    """Put together what the steps found."""
+    """Put together what the steps found; `whole` says why groups stay that were some before earlier steps."""
     kept, ops = widths(plan), gather.Ops()
     scan = getattr(choice.importance, "sensitivity", None) if choice else None
     costs: list[Costs] = [make(coupling) for make in COSTS.values()] + ([] if latency is None else [latency])
@@ -269,7 +271,7 @@ def report(
         model_class=coupling.program.model_class,
         requested=replace(target, protect=tuple(target.protect), tied=tuple(map(tuple, target.tied))),
         costs={cost.name: Change(cost.at({}), cost.at(kept)) for cost in costs},
-        groups=tuple(gather.groups(coupling, plan, scores, others, ops)),
+        groups=tuple(gather.groups(coupling, plan, scores, others, whole, ops)),
         pinned=tuple(gather.pinned(coupling)),
         unknown=coupling.unknown,
         unused=tuple(n for n in coupling.program.unused if not n.endswith("num_batches_tracked")),

@@ -88,8 +88,18 @@ def _in_order_of_removal(score: torch.Tensor | Order) -> torch.Tensor:
 # -- groups --------------------------------------------------------------------------------------------------------
 
 
-def groups(coupling: Coupling, plan: Plan, scores: Scores, by: Mapping[str, Importance], ops: Ops) -> Iterator[Width]:
-    """Everything there is to say about each group."""
+def groups(
+    coupling: Coupling, plan: Plan, scores: Scores, by: Mapping[str, Importance], whole: Mapping[str, str], ops: Ops
+) -> Iterator[Width]:
+    """Everything there is to say about each group.
+
+    Args:
+        coupling, plan: whose groups, and what is left of them.
+        scores: how their channels were scored.
+        by: per group that an `otherwise` scored, which criterion that was.
+        whole: per group that steps have made whole, why.
+        ops: to be filled with the calls that tie members.
+    """
     kept = widths(plan)
     for group in coupling.groups:
         width = kept[group.name]
@@ -103,6 +113,7 @@ def groups(coupling: Coupling, plan: Plan, scores: Scores, by: Mapping[str, Impo
             slots=slots(coupling, group, ops),
             scores=histogram(scores[group.name], width) if group.name in scores else None,
             criterion=described(by[group.name]) if group.name in by else "",
+            whole=whole.get(group.name, ""),
         )
 
 

@@ -43,6 +43,7 @@ def facts(report: Report) -> list[tuple[str, str]]:
     found += [("scored apart", line) for line in text.scored_apart(report)]
     if report.training is not None:
         found.append(("trained", str(report.training)))
+    found += [("whole", line) for line in text.stuck(report)]
     found.append(("traced", report.traced))
     found.append(("emitted", report.emitter + (f" because {report.reason}" if report.reason else "")))
     if report.grafts:

@@ -92,6 +92,7 @@ class Width:
         slots: the first of its members, and what ties them.
         scores: how its channels were scored; None if they were not.
         criterion: what scored it, if that was not the criterion that was asked for but its `otherwise`.
+        whole: why what is left of it stays as it is, where steps have made it so; empty for a group that can shrink.
     """
 
     name: str
@@ -103,6 +104,7 @@ class Width:
     slots: tuple[Slot, ...] = ()
     scores: Histogram | None = None
     criterion: str = ""
+    whole: str = ""
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ def summary(report: Report) -> str:
     lines.extend(f"  scored    {line}" for line in scored_apart(report))
     if report.training is not None:
         lines.append(f"  trained   {report.training}")
+    lines.extend(f"  whole     {line}" for line in stuck(report))
     lines.append(f"  traced    {report.traced}")
     lines.append(f"  emitted   {report.emitter}" + (f" because {report.reason}" if report.reason else ""))
     if report.grafts:
@@ -117,10 +118,17 @@ def scored_apart(report: Report) -> list[str]:
     by = Counter(w.criterion for w in report.groups if w.criterion)
     first = {w.criterion: w.name for w in reversed(report.groups)}
     lines = [f"{n} groups by {criterion} instead, such as {first[criterion]}" for criterion, n in by.items()]
-    without = [w.name for w in report.groups if w.scores is None]
+    without = [w.name for w in report.groups if w.scores is None and not w.whole]
     if 0 < len(without) < len(report.groups):
         lines.append(f"{len(without)} groups not at all, such as {without[0]}: they stay as they were")
     return lines
+
+
+def stuck(report: Report) -> list[str]:
+    """Groups that are none any more, by cause, or none."""
+    by = Counter(w.whole for w in report.groups if w.whole)
+    first = {w.whole: w.name for w in reversed(report.groups)}
+    return [f"{n} groups are none any more, such as {first[why]}: {why}" for why, n in by.items()]
 
 
 def grafted(report: Report) -> str:

@@ -432,6 +432,7 @@ def evil(report: Report) -> Report:
         name=EVIL,
         cause=EVIL,
         criterion=EVIL,
+        whole=EVIL,
         exactness="renormalised",
         slots=tuple(replace(s, name=EVIL) for s in report.groups[0].slots),
     )
