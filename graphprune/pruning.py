@@ -13,7 +13,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from graphprune.allocate import Method as Allocation
 from graphprune.allocate import Target, allocate
 from graphprune.calibrate import Calibration, Loss, require
-from graphprune.cost import Costs
 from graphprune.couple import couple
 from graphprune.coupling import Coupling
 from graphprune.errors import InputError, PlanError, VerificationError
@@ -60,7 +59,7 @@ def prune(
     target: Target,
     importance: Importance = Magnitude(),  # noqa: B008 - frozen
     allocation: Allocation = "uniform",
-    latency: Predictor = Latency(),  # noqa: B008 - frozen
+    latency: Predictor | None = None,
     norms: Literal["pin", "prune"] = "pin",
     emit: Emit = "auto",
     verify: bool = True,
@@ -82,7 +81,8 @@ def prune(
         allocation: how the target is shared out over the groups: "uniform", "global", "isomorphic", "greedy" or
             "knapsack", see `graphprune.allocate`; all but the first need an importance whose scores compare between
             groups, "isomorphic" between groups of one structure.
-        latency: how time is measured, for a target that has one.
+        latency: how time is measured. Whatever the target, the report then has the predicted and the measured time; a
+            target that has a latency takes `Latency()` where none is given.
         norms: "pin" removes only what is exact; "prune" also removes channels that a normalisation takes statistics
             over (transformer width), which changes what the kept channels see.
         emit: "module" for the same class, "graft" for the same class with the forward of some modules from the trace,
@@ -117,7 +117,8 @@ def prune(
     inputs = Inputs.of(example_inputs)
     coupling = couple(trace(model, inputs), norms=norms, on_unknown=on_unknown, keep_names=keep_names)
     require_groups(coupling)
-    predicted = prediction(latency, target, model, inputs, coupling)
+    latency = timer(latency, target)
+    predicted = None if latency is None else latency(model, inputs, coupling)
     scores = importance(model, coupling)
     plan = allocate(scores, target, coupling, method=allocation, latency=predicted)
     rewritten, verification, repaired = carry_out(
@@ -132,7 +133,7 @@ def prune(
         batchnorm=batchnorm,
         data=data,
     )
-    times = compared(latency, target, model, rewritten.model, inputs)
+    times = compared(latency, model, rewritten.model, inputs)
     found = rewritten, verification, repaired
     choice = Choice(importance, allocation, scores, scored_by(scores))
     reported = report(coupling, plan, target, *found, choice=choice, latency=predicted, measured=times)
@@ -189,20 +190,16 @@ def repair_data(
     return batches, getattr(importance, "loss", None) if loss is None else loss
 
 
-def prediction(
-    latency: Predictor, target: Target, model: nn.Module, inputs: Inputs, coupling: Coupling
-) -> Costs | None:
-    """The time of the model at any widths; None where the target has no latency."""
-    return None if target.latency is None else latency(model, inputs, coupling)
+def timer(latency: Predictor | None, target: Target) -> Predictor | None:
+    """How time is measured; None where nobody asks for it."""
+    return Latency() if latency is None and target.latency is not None else latency
 
 
 def compared(
-    latency: Predictor, target: Target, model: nn.Module, small: nn.Module, inputs: Inputs
+    latency: Predictor | None, model: nn.Module, small: nn.Module, inputs: Inputs
 ) -> tuple[float, float] | None:
-    """Nanoseconds that two models take; None where the target has no latency, or other times than this device's."""
-    if target.latency is None or not isinstance(latency, Latency):
-        return None
-    return latency.compare(model, small, inputs)
+    """Nanoseconds that two models take; None where nobody asks, or for other times than this device's."""
+    return latency.compare(model, small, inputs) if isinstance(latency, Latency) else None
 
 
 def check(target: object, importance: object, latency: object) -> None:
@@ -215,7 +212,7 @@ def check(target: object, importance: object, latency: object) -> None:
     if isinstance(importance, type) or not callable(importance):
         name = getattr(importance, "__name__", repr(importance))
         raise InputError(f"importance={name}: pass an instance, such as gp.importance.Magnitude()")
-    if isinstance(latency, type) or not callable(latency):
+    if latency is not None and (isinstance(latency, type) or not callable(latency)):
         raise InputError(
             f"latency={latency!r}: this is how time is measured, such as gp.Latency(seconds=20); how much of it is "
             "kept goes into the target, as gp.Target(latency=0.7)"

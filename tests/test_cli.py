@@ -250,6 +250,14 @@ def test_prune_meets_a_time_that_is_measured(net, tmp_path, monkeypatch):
     assert all(w["after"] >= w["before"] // 2 for w in answer["groups"])
 
 
+def test_prune_reports_times_where_seconds_are_given_for_them(net, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    report = found("prune", f"{net}:pair", "--macs", 0.5, "--seconds", 1)["report"]
+    assert report["costs"]["latency"]["before"] > report["timing"]["besides"] >= 0
+    assert all(layer["costs"]["latency"]["before"] >= 0 for layer in report["layers"])
+    assert found("prune", f"{net}:pair", "--macs", 0.5)["report"]["timing"] is None
+
+
 def test_prune_repairs_with_data(net):
     how = ["--data", f"{net}:loader", "--repair", "least_squares", "--batchnorm", "--samples", 8]
     report = found("prune", f"{net}:pair", "--macs", 0.5, *how, "--importance", "taylor")["report"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class View:
         coupling: of a program recorded at these shapes.
         ends: per node name, the ends at its operands.
         maps: per node name, the operands at which channels are last seen as maps; empty if nobody looks at maps.
+        pooled: those of them that are pooled away, of groups that no layer reads as maps.
         consumers: per node name, the layer it is.
         samples: how many samples a batch has.
         written: values that are written to in place.
@@ -35,6 +36,7 @@ class View:
     coupling: Coupling
     ends: Mapping[str, Sequence[End]]
     maps: Mapping[str, Sequence[End]]
+    pooled: Mapping[str, Sequence[End]]
     consumers: Mapping[str, Consumer]
     samples: int
     written: frozenset[Any]
@@ -54,9 +56,22 @@ def view(coupling: Coupling, program: Program, sample_dim: int, *, with_maps: bo
         )
     given = [v.shape[sample_dim] for v in batched(again, sample_dim)]
     written = frozenset(v for node in program.nodes if node.in_place for v in list(node.values())[:1])
-    shown = _by_node(maps(again, sample_dim)) if with_maps else {}
+    found, shown = ends(again, sample_dim), maps(again, sample_dim) if with_maps else ()
     layers = {c.node.name: c for c in consumers(again)}
-    return View(again, _by_node(ends(again, sample_dim)), shown, layers, (given or [1])[0], written)
+    at_ends, at_maps, pooled = map(_by_node, (found, shown, _pooled(shown, found)))
+    return View(again, at_ends, at_maps, pooled, layers, (given or [1])[0], written)
+
+
+def _pooled(shown: Sequence[End], found: Sequence[End]) -> Iterator[End]:
+    """Maps of groups of which no maps are ends, each value and group once."""
+    ended = {(end.value, name) for end in found for name in end.readers}
+    as_maps = {name for end in shown for name in end.readers if (end.value, name) in ended}
+    met: set[Any] = set()
+    for end in shown:
+        readers = {n: reader for n, reader in end.readers.items() if n not in as_maps and (end.value, n) not in met}
+        met |= {(end.value, name) for name in readers}
+        if readers:
+            yield replace(end, readers=readers)
 
 
 def _by_node(found: Iterable[End]) -> dict[str, list[End]]:
@@ -131,7 +146,8 @@ class Pass:
     def _start(self, batch: Batch) -> None:
         program = self.replay.program(batch.inputs)
         if program not in self.views:
-            self.views[program] = view(self.coupling, program, self.sample_dim, with_maps=bool(self.sums.ranks))
+            wanted = bool(self.sums.ranks or self.sums.activations)
+            self.views[program] = view(self.coupling, program, self.sample_dim, with_maps=wanted)
         self.view = self.views[program]
         self.q = {name: torch.zeros(self.view.samples, g.total.numel()) for name, g in self.sums.gradients.items()}
         self.token = torch.zeros((), requires_grad=True)
@@ -190,14 +206,17 @@ class Pass:
 
     def _stand_in(self, node: Node, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Read the operands of a node in which channels end; None leaves the node alone."""
-        found, shown = self.view.ends.get(node.name, ()), self.view.maps.get(node.name, ())
-        consumer = self.view.consumers.get(node.name)
+        name, consumer = node.name, self.view.consumers.get(node.name)
+        found, shown, pooled = (held.get(name, ()) for held in (self.view.ends, self.view.maps, self.view.pooled))
         if not found and not shown and consumer is None:
             return None
         names, given, keywords = signature(func)[1], list(args), dict(kwargs)
         held = dict(zip(names, given, strict=False)) | keywords
-        for end in shown:
+        for end in shown if self.sums.ranks else ():
             self._rank(end, _operand(end, held))
+        for end in pooled if self.sums.activations else ():
+            for group, reader in end.readers.items():
+                self.sums.activations[group].add_maps(reader, _operand(end, held).detach())
         if consumer is not None and consumer.weight in self.sums.moments:
             self._consume(consumer, held[consumer.argument])
         for end in found:

@@ -89,13 +89,15 @@ class Activations(Statistic):
 
     Attributes:
         count: elements per channel, (channels,).
-        zeros: how many of them are 0.
+        looked: as `count`; of a group that layers read only after pooling also the elements of the maps before it.
+        zeros: how many of those are 0.
         magnitude: sum of absolute values.
         total: sum of values.
         squares: sum of squares.
     """
 
     count: torch.Tensor
+    looked: torch.Tensor
     zeros: torch.Tensor
     magnitude: torch.Tensor
     total: torch.Tensor
@@ -104,13 +106,19 @@ class Activations(Statistic):
     @classmethod
     def empty(cls, size: int) -> Activations:
         """Of no samples."""
-        return cls(*(_zeros(size) for _ in range(5)))
+        return cls(*(_zeros(size) for _ in range(6)))
+
+    @torch.no_grad()
+    def add_maps(self, reader: Reader, x: torch.Tensor) -> None:
+        """Look for zeros among the elements of one value."""
+        self.looked += reader.count(x)
+        self.zeros += reader.sum((x == 0).float()).sum(0).double().cpu()
 
     def add(self, reader: Reader, x: torch.Tensor) -> None:
         """Add the elements of one value."""
+        self.add_maps(reader, x)
         self.count += reader.count(x)
         for held, values in (
-            (self.zeros, (x == 0).float()),
             (self.magnitude, x.abs()),
             (self.total, x),
             (self.squares, (x if x.dtype == torch.float64 else x.float()).square()),

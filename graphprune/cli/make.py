@@ -61,7 +61,10 @@ def prune(
     batchnorm: Annotated[
         bool, typer.Option("--batchnorm", help="New statistics of batch norms; needs --data.")
     ] = False,
-    seconds: Annotated[float, typer.Option(help="How long is measured for --latency, about.")] = 60.0,
+    seconds: Annotated[
+        float | None,
+        typer.Option(help="How long is measured for --latency, about; by default 60. Without it, to report times."),
+    ] = None,
     data_: options.Data = None,
     loss: options.Loss = "cross_entropy",
     batch_size: options.BatchSize = 32,
@@ -85,14 +88,15 @@ def prune(
             batches = options.batches(data_, loaded, batch_size, samples)
         criterion = options.criterion(importance, batches, loss, otherwise)
         ways: Any = {"allocation": allocation, "emit": emit, "repair": repair}
-        clock = Latency(seconds=seconds, progress=False if quiet or json else None)
+        asked = seconds is not None or latency is not None
+        clock = Latency(seconds=60.0 if seconds is None else seconds, progress=False if quiet or json else None)
         with doing("pruning", quiet or json):
             result = prune_model(
                 loaded.model,
                 example,
                 target=target,
                 importance=criterion,
-                latency=clock,
+                latency=clock if asked else None,
                 norms="prune" if norms else "pin",
                 verify=verify,
                 keep_names=keep or (),

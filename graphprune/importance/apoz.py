@@ -16,7 +16,9 @@ from graphprune.importance.protocol import Scores
 class APoZ(FromData):
     """Score a channel by the fraction of its activations that are not zero, where layers read them.
 
-    Groups in which nothing is ever zero, as behind activations other than ReLU, are left to `otherwise`.
+    Of a group that layers read only after pooling, zeros of the maps before it are counted, too: a mean over a map is
+    hardly ever zero. Groups in which nothing is ever zero, as behind activations other than ReLU, are
+    left to `otherwise`.
 
     Example:
         >>> import torch, graphprune as gp
@@ -34,5 +36,5 @@ class APoZ(FromData):
             CriterionError: no activation of a group is zero and `otherwise` is None.
         """
         found = self.calibration(model, coupling, ["activations"]).activations
-        scores = {name: 1 - found[name].zeros / found[name].count for name in seen(found) if found[name].zeros.any()}
+        scores = {name: 1 - found[name].zeros / found[name].looked for name in seen(found) if found[name].zeros.any()}
         return complete(scores, model, coupling, self.otherwise, "APoZ: no activation is zero in")

@@ -25,7 +25,7 @@ from graphprune.importance.fallback import scored_by
 from graphprune.iterative.lineage import Lineage
 from graphprune.iterative.schedule import Schedule, targets
 from graphprune.iterative.store import Store
-from graphprune.latency import Latency, Predictor
+from graphprune.latency import Predictor
 from graphprune.migrate import Unfit, migrate
 from graphprune.plan import Plan
 from graphprune.pruning import (
@@ -34,9 +34,9 @@ from graphprune.pruning import (
     check,
     compared,
     names_of,
-    prediction,
     repair_data,
     require_groups,
+    timer,
 )
 from graphprune.recover import Method
 from graphprune.report import Choice, Report, report
@@ -98,7 +98,7 @@ def prune_iteratively(
     schedule: Schedule = "linear",
     importance: Importance = Magnitude(),  # noqa: B008 - frozen
     allocation: Allocation = "uniform",
-    latency: Predictor = Latency(),  # noqa: B008 - frozen
+    latency: Predictor | None = None,
     train: Callable[[Step], object] = lambda step: None,
     optimizer: Optimizer | None = None,
     unfit: Unfit = "error",
@@ -117,7 +117,8 @@ def prune_iteratively(
 
     In each step the model is traced and scored anew, cut to the step's target, verified, repaired if wanted, and
     handed to `train`. The target is never overshot; `model` and `optimizer` are left as they were. Channels that were a
-    group before a step and are none after it, which ops that tell sizes apart can bring about, stay from there on.
+    group before a step and are none after it, which ops that tell sizes apart can bring about, stay from there on; the
+    report says why, and in which step that was found.
 
     Args:
         model, example_inputs, importance, allocation, latency: as for `prune`; time is measured once, of the original.
@@ -155,14 +156,17 @@ def prune_iteratively(
     inputs, names, before = Inputs.of(example_inputs), names_of(model), model
     coupling = couples(trace(model, inputs))
     require_groups(coupling)
-    predicted = prediction(latency, target, model, inputs, coupling)
+    latency = timer(latency, target)
+    predicted = None if latency is None else latency(model, inputs, coupling)
     allocates = partial(allocate, method=allocation, latency=predicted)
     lineage = Lineage(coupling, Plan.of(coupling, {}))
     plans: list[Plan] = []
     reports: list[Report] = []
-    going_on = True
+    going_on, whole = True, dict[str, str]()
     for number, aim in enumerate(aims, 1):
-        coupling = couples(trace(before, inputs)) if plans else coupling
+        if plans:
+            coupling = couples(trace(before, inputs))
+            whole = {n: whole.get(n, f"{why}, found in step {number}") for n, why in lineage.stuck(coupling).items()}
         saved = store.read(number) if going_on else None
         going_on = saved is not None
         if saved:
@@ -179,8 +183,8 @@ def prune_iteratively(
         ways: Any = {} if saved else {"repair": repair, "batchnorm": batchnorm, "data": data}
         carried = carry(before, inputs, coupling, plan, **ways)
         small = carried[0].model
-        times = compared(latency, target, model, small, inputs)
-        ways = {"choice": choice, "latency": predicted, "measured": times}
+        times = compared(latency, model, small, inputs)
+        ways = {"choice": choice, "latency": predicted, "measured": times, "whole": whole}
         reported = report(lineage.coupling, lineage.plan, aim, *carried, **ways)
         result = Result(small, plan, coupling, reported, names_of(before), inputs, carried[0].changes)
         optimizer = None if optimizer is None else migrate(optimizer, result, unfit=unfit)

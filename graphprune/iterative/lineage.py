@@ -94,6 +94,35 @@ class Lineage:
                     return name, self.plan.groups[name]
         return None
 
+    def stuck(self, later: Coupling) -> dict[str, str]:
+        """Per group of the original of which several channels are left but make no group any more: why not."""
+        matched = {original for original, _ in self.origins(later).values()}
+        left = {name for name, channels in self.plan.groups.items() if len(channels) > 1} - matched
+        return {name: self._cause(self.coupling.group(name), later) for name in self.plan.groups if name in left}
+
+    def _cause(self, group: Group, later: Coupling) -> str:
+        """Why a group is none any more: what pins its channels, or what they are part of now."""
+        names = {atom: name for name, atom in later.atoms.items()}
+        parts: dict[str, None] = {}
+        for member in group.members:
+            try:
+                axis, now = self.coupling.dims[self.coupling.slot(member.name)][member.dim], later.slot(member.name)
+            except UnknownName:
+                continue
+            if member.name in later.program.unused:
+                continue
+            left = self.plan.kept.get(member.name, {}).get(member.dim, torch.arange(axis.size)).numpy()
+            positions, _ = self.coupling.axes.places(axis, {self.coupling.atoms[group.name]: 0})
+            own = np.flatnonzero(np.isin(left, positions))
+            there = later.dims[now][member.dim]
+            for atom in later.axes.leaves(there):
+                if not np.isin(later.axes.places(there, {atom: 0})[0], own).any():
+                    continue
+                if pin := later.axes.pin_of(atom):
+                    return str(pin)
+                parts[names[atom]] = None
+        return f"it is part of {', '.join(parts)}" if parts else "no tensor of it is left that the forward reads"
+
     def lifted(self, scores: Scores, later: Coupling) -> dict[str, torch.Tensor | Order]:
         """Scores of a model with what is left, as scores of the groups of the original.
 

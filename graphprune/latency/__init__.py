@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
@@ -110,11 +110,13 @@ class Latency:
         finally:
             store.write()
         known = [(term, *tables[term.key]) for term in every]
+        varying = {term.node for term in every}
+        modules = {n.name: n.module for n in coupling.program.nodes if n.name in observed.calls.keys() - varying}
         if self.measure is None:
-            return _calibrated(known, observed, coupling)
-        widths = {term.node for term in every}
-        constant = sum(store(call) for node, call in observed.calls.items() if node not in widths)
-        return Prediction(_merged(_parts(known), coupling), constant, coupling.axes, coupling.atoms)
+            return _calibrated(known, modules, observed, coupling)
+        fixed = _summed((module, store(observed.calls[node])) for node, module in modules.items())
+        parts = _merged(_parts(known), coupling)
+        return Prediction(parts, sum(fixed.values()), fixed, coupling.axes, coupling.atoms)
 
     def _observed(
         self, model: nn.Module, inputs: Inputs, coupling: Coupling, device: torch.device
@@ -224,19 +226,45 @@ def _finest(make: Callable[[Level, Measure], Table], store: Store, once: float, 
 
 
 def _parts(known: Sequence[tuple[Term, Table, bool]]) -> list[Part]:
-    return [Part(table, term.variables if grid else (term.amount,), 1.0) for term, table, grid in known]
+    return [
+        Part(table, term.variables if grid else (term.amount,), ((term.module, 1.0),), term.several and not grid)
+        for term, table, grid in known
+    ]
 
 
-def _calibrated(known: Sequence[tuple[Term, Table, bool]], observed: Observed, coupling: Coupling) -> Prediction:
-    """The tables, scaled to what the calls take in the model, and what the model takes besides."""
+def _summed(found: Iterable[tuple[str, float]]) -> dict[str, float]:
+    sums: dict[str, float] = {}
+    for name, amount in found:
+        sums[name] = sums.get(name, 0.0) + amount
+    return sums
+
+
+def _calibrated(
+    known: Sequence[tuple[Term, Table, bool]], fixed: Mapping[str, str], observed: Observed, coupling: Coupling
+) -> Prediction:
+    """The tables, scaled to what the calls take in the model, and what the model takes besides.
+
+    Args:
+        known: per call whose time depends on widths, its table.
+        fixed: per other call, the path of its module.
+        observed: the run.
+        coupling: of the program that was run.
+    """
     parts = _parts(known)
-    alone = Prediction(parts, 0.0, coupling.axes, coupling.atoms).seconds()
+    alone = Prediction(parts, 0.0, {}, coupling.axes, coupling.atoms).seconds()
     inside = np.array([observed.seconds[term.node] for term, _, _ in known])
-    inside -= max(0.0, float(np.median(inside - alone))) if len(inside) else 0.0  # of each call, at any width
-    inside = np.clip(inside, alone / DOUBT, alone * DOUBT)
+    watched = max(0.0, float(np.median(inside - alone))) if len(inside) else 0.0  # of each call, at any width
+    inside = np.clip(inside - watched, alone / DOUBT, alone * DOUBT)
     inside *= min(1.0, observed.total / inside.sum()) if len(inside) else 1.0
-    parts = [replace(part, weight=float(w)) for part, w in zip(parts, inside / alone, strict=True)]
-    return Prediction(_merged(parts, coupling), observed.total - float(inside.sum()), coupling.axes, coupling.atoms)
+    parts = [
+        replace(part, calls=tuple((module, float(w)) for module, _ in part.calls))
+        for part, w in zip(parts, inside / alone, strict=True)
+    ]
+    constant = observed.total - float(inside.sum())
+    others = _summed((module, max(0.0, observed.seconds[node] - watched)) for node, module in fixed.items())
+    scale = min(1.0, constant / (sum(others.values()) or 1.0))
+    others = {module: scale * seconds for module, seconds in others.items()}
+    return Prediction(_merged(parts, coupling), constant, others, coupling.axes, coupling.atoms)
 
 
 def _merged(parts: Sequence[Part], coupling: Coupling) -> tuple[Part, ...]:
@@ -245,8 +273,9 @@ def _merged(parts: Sequence[Part], coupling: Coupling) -> tuple[Part, ...]:
     same: dict[Any, Part] = {}
     for part in parts:
         products = tuple(tuple(tuple(map(expression, p)) for p in v.products) for v in part.variables)
-        first = same.get((id(part.table), products))
-        same[id(part.table), products] = part if first is None else replace(first, weight=first.weight + part.weight)
+        key = id(part.table), products, part.together
+        first = same.get(key)
+        same[key] = part if first is None else replace(first, calls=first.calls + part.calls)
     return tuple(same.values())
 
 

@@ -28,12 +28,20 @@ class Part:
     Attributes:
         table: their times.
         variables: what they depend on.
-        weight: how many they are, each times what it took in the run of the original over what the table says.
+        calls: per call, the path of the module that makes it, and what it took in the run of the original over what
+            the table says.
+        together: whether they depend on several sizes that no measurement tells apart, as all shrank at once in it.
     """
 
     table: Table
     variables: tuple[Variable, ...]
-    weight: float
+    calls: tuple[tuple[str, float], ...]
+    together: bool = False
+
+    @property
+    def weight(self) -> float:
+        """How many calls they are, in times of the table."""
+        return sum(weight for _, weight in self.calls)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,12 +51,14 @@ class Prediction:
     Attributes:
         parts: of which the time is the sum, with `constant`, the time of all that no width changes.
         constant: in seconds.
+        fixed: per module's path, the seconds of its calls among the constant ones.
         axes: the equations the axes live in.
         atoms: per group name, the atom whose width the group sets.
     """
 
     parts: Sequence[Part] = field(repr=False)
     constant: float
+    fixed: Mapping[str, float] = field(repr=False)
     axes: Axes = field(repr=False)
     atoms: Mapping[str, Atom] = field(repr=False)
     name: str = "latency"
@@ -59,9 +69,7 @@ class Prediction:
 
     def seconds(self, widths: Vector | None = None) -> Vector:
         """What one call of each part takes, without its weight; of the original if no widths are given."""
-        if widths is None:
-            widths = np.array([atom.size for atom in self.atoms.values()], dtype=float)
-        values = self._values(widths)
+        values = self._values(self._vector({}) if widths is None else widths)
         return self._grid.interpolated(*self._grid.filled(values))[0]
 
     def gradient(self, widths: Vector) -> Vector:
@@ -74,7 +82,10 @@ class Prediction:
 
     def at(self, widths: Mapping[str, int]) -> int:
         """Nanoseconds when each group has the width given; a missing group keeps its size."""
-        return round(self.of(np.array([widths.get(name, a.size) for name, a in self.atoms.items()], dtype=float)))
+        return round(self.of(self._vector(widths)))
+
+    def _vector(self, widths: Mapping[str, int]) -> Vector:
+        return np.array([widths.get(name, atom.size) for name, atom in self.atoms.items()], dtype=float)
 
     def worthwhile(self, groups: Sequence[int], widths: Vector) -> npt.NDArray[np.bool_]:
         """Which widths of some groups, together and ascending, save time against the next larger one that does.
@@ -90,6 +101,23 @@ class Prediction:
             if times[last] - times[i] >= fair * (widths[last] - widths[i]):
                 chosen[i], last = True, i
         return chosen
+
+    def by_module(self, widths: Mapping[str, int]) -> dict[str, float]:
+        """Nanoseconds of the calls that each module makes itself, by its path; a missing group keeps its size."""
+        found = {path: 1e9 * seconds for path, seconds in self.fixed.items()}
+        for part, seconds in zip(self.parts, self.seconds(self._vector(widths)), strict=True):
+            for path, weight in part.calls:
+                found[path] = found.get(path, 0.0) + 1e9 * weight * float(seconds)
+        return found
+
+    @property
+    def together(self) -> tuple[int, float]:
+        """How many calls were measured only as all their sizes shrank at once, and the original's nanoseconds for them.
+
+        Their time at widths that keep different fractions follows from how much they compute, and is no measurement.
+        """
+        parts = [(part, s) for part, s in zip(self.parts, self.seconds(), strict=True) if part.together]
+        return sum(len(part.calls) for part, _ in parts), 1e9 * sum(part.weight * float(s) for part, s in parts)
 
     # -- compiled ------------------------------------------------------------------------------------------------
 

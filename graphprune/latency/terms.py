@@ -25,19 +25,23 @@ class Term:
 
     Attributes:
         node: its name.
+        module: path of the module that makes it.
         call: at the original's widths.
         variables: what its time depends on, each alone; none where that is only how much it computes.
         places: per place of a size, the constant and the variables whose product it is.
         amount: how much it computes: multiply-adds where it has those, else elements.
+        several: whether its time depends on more than one size.
         axes: per place, the axis.
         coupling: where the axes live.
     """
 
     node: str
+    module: str
     call: OpCall
     variables: tuple[Variable, ...]
     places: Mapping[Place, tuple[int, tuple[int, ...]]]
     amount: Variable
+    several: bool
     axes: Mapping[Place, Axis]
     coupling: Coupling
 
@@ -92,12 +96,13 @@ class _Reader:
         macs = self.coupling.applied[node.name].macs
         products: Sequence[Sequence[Axis]] = [(*made, *summed) for made, summed in macs]
         variables, places = self._grid(axes)
+        several = len(variables) > 1
         if not products or not 1 <= len(variables) <= MOST_VARIABLES:
             variables, places = (), {}
         if not products:
             products = [self.coupling.dims[v] for v in (*node.values(), *node.outputs)]
         amount = Variable(products, sum(math.prod(a.size for a in product) for product in products))
-        return Term(node.name, call, variables, places, amount, axes, self.coupling)
+        return Term(node.name, node.module, call, variables, places, amount, several, axes, self.coupling)
 
     def _axes(self, node: Node) -> Iterator[tuple[Place, Axis]]:
         """Every size among the arguments of a node, and its axis."""

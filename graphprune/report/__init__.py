@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,12 +20,14 @@ from graphprune.coupling import Coupling, Unknown
 from graphprune.errors import GraphpruneError, InputError
 from graphprune.files import write_whole
 from graphprune.importance import Importance, Scores
+from graphprune.latency import Prediction
 from graphprune.plan import Plan
 from graphprune.program import Program
 from graphprune.recover import Repair
 from graphprune.report import gather, markdown, page, plots, text
 from graphprune.report.codec import decoded, encoded
-from graphprune.report.records import Change, Histogram, Layer, Op, Pinned, Slot, Stage, Width
+from graphprune.report.history import History, Track
+from graphprune.report.records import Change, Histogram, Layer, Op, Pinned, Slot, Stage, Timing, Width
 from graphprune.rewrite import Rewritten
 from graphprune.sensitivity import Sensitivity
 from graphprune.verify import Verification
@@ -33,12 +36,15 @@ __all__ = [
     "Change",
     "Choice",
     "Histogram",
+    "History",
     "Layer",
     "Op",
     "Pinned",
     "Report",
     "Slot",
     "Stage",
+    "Timing",
+    "Track",
     "Width",
     "report",
 ]
@@ -53,8 +59,8 @@ class Report:
     Attributes:
         model_class: name of the pruned class.
         requested: the target.
-        costs: macs, params, memory in bytes and channels, before and after, at the example inputs; with a latency in
-            the target also that, predicted, in nanoseconds.
+        costs: macs, params, memory in bytes and channels, before and after, at the example inputs; where time was
+            measured also the latency, predicted, in nanoseconds.
         groups: every group before and after.
         pinned: parts of parameters that stayed whole, with the cause.
         unknown: ops without a rule.
@@ -72,6 +78,8 @@ class Report:
         ops: the calls that `groups` and `stages` speak of by position.
         sensitivity: a scan of the model; None if there was none.
         measured: nanoseconds that the original and the smaller model took, measured in turn; None if they were not.
+        timing: what the predicted time is made of, beside the calls of the layers; None without one.
+        training: how a penalty shrank the channels before; None if none is known.
     """
 
     model_class: str
@@ -94,6 +102,8 @@ class Report:
     ops: tuple[Op, ...] = field(default=(), repr=False)
     sensitivity: Sensitivity | None = field(default=None, repr=False)
     measured: Change | None = None
+    timing: Timing | None = None
+    training: History | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         """A summary of one screen; `table()` has every group."""
@@ -132,9 +142,9 @@ class Report:
         return page.fragment(self)
 
     def plot(self) -> dict[str, Any]:
-        """The report as figures of matplotlib, by name: "totals", "widths", "layers", "scores" and "sensitivity".
+        """The report as figures of matplotlib, by name; those for which it has no data are left out.
 
-        Those for which the report has no data are left out.
+        They are "totals", "widths", "layers", "times", "scores", "sensitivity" and "training".
 
         Raises:
             InputError: matplotlib is not installed.
@@ -158,6 +168,10 @@ class Report:
     def with_sensitivity(self, scan: Sensitivity) -> Report:
         """The report, and a scan of the same model to show with it."""
         return replace(self, sensitivity=scan)
+
+    def with_training(self, history: History) -> Report:
+        """The report, and what a penalty recorded while the model was trained, to show with it."""
+        return replace(self, training=history)
 
 
 def _text(report: Report) -> str:
@@ -202,7 +216,12 @@ def _demands(found: Report) -> Iterator[tuple[str, bool]]:
     yield "a histogram has no bins", all(0 < len(s.kept) == len(s.removed) for s in spreads)
     yield "a cost is missing", all({"macs", "params"} <= cost.keys() for cost in costs)
     yield "a cost is no number", all(c.before >= 0 and c.after >= 0 for c in changes)
+    yield "a time is no number", found.timing is None or (found.timing.besides >= 0 and 0 <= found.timing.share <= 1)
     yield "an unknown op has no nodes", all(u.nodes for u in found.unknown)
+    h = found.training
+    rows = [] if h is None else [h.near_zero, *(track.sizes for track in h.groups.values())]
+    yield "a history has other records than steps", h is None or all(0 < len(r) == len(h.steps) for r in rows)
+    yield "a record has not five sizes", all(len(sizes) == 5 for each in rows[1:] for sizes in each)  # type: ignore[arg-type]
     yield "a curve has no points", all(0 < len(c.widths) == len(c.increases) and c.size > 0 for c in curves)
 
 
@@ -211,13 +230,13 @@ class Choice:
     """How the channels were chosen.
 
     Attributes:
-        importance: the criterion.
+        importance: the criterion, or words for it.
         allocation: the method.
         scores: what the criterion gave, by group.
         others: per group that an `otherwise` scored, which criterion that was.
     """
 
-    importance: Importance
+    importance: Importance | str
     allocation: str
     scores: Scores
     others: Mapping[str, Importance] = field(default_factory=dict)
@@ -240,17 +259,19 @@ def report(
     choice: Choice | None = None,
     latency: Costs | None = None,
     measured: tuple[float, float] | None = None,
+    whole: Mapping[str, str] = types.MappingProxyType({}),
 ) -> Report:
-    """Put together what the steps found."""
+    """Put together what the steps found; `whole` says why groups stay that were some before earlier steps."""
     kept, ops = widths(plan), gather.Ops()
     scan = getattr(choice.importance, "sensitivity", None) if choice else None
     costs: list[Costs] = [make(coupling) for make in COSTS.values()] + ([] if latency is None else [latency])
     scores, others = (choice.scores, choice.others) if choice else ({}, {})
+    predicted = latency if isinstance(latency, Prediction) else None
     return Report(
         model_class=coupling.program.model_class,
         requested=replace(target, protect=tuple(target.protect), tied=tuple(map(tuple, target.tied))),
         costs={cost.name: Change(cost.at({}), cost.at(kept)) for cost in costs},
-        groups=tuple(gather.groups(coupling, plan, scores, others, ops)),
+        groups=tuple(gather.groups(coupling, plan, scores, others, whole, ops)),
         pinned=tuple(gather.pinned(coupling)),
         unknown=coupling.unknown,
         unused=tuple(n for n in coupling.program.unused if not n.endswith("num_batches_tracked")),
@@ -262,9 +283,10 @@ def report(
         repair=repair,
         importance=gather.described(choice.importance) if choice else "",
         allocation=choice.allocation if choice else "",
-        layers=tuple(gather.layers(coupling, kept)),
+        layers=tuple(gather.layers(coupling, kept, predicted)),
         stages=tuple(gather.stages(coupling, ops)),
         ops=tuple(ops.positions),
         sensitivity=scan if isinstance(scan, Sensitivity) else None,
         measured=None if measured is None else Change(*map(round, measured)),
+        timing=None if predicted is None else gather.timing(predicted),
     )

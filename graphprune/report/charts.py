@@ -1,16 +1,19 @@
-"""Charts of a report as HTML and SVG: totals, costs by layer, curves of sensitivity."""
+"""Charts of a report as HTML and SVG: totals, costs by layer, curves of sensitivity, sizes while training."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from html import escape
 from typing import TYPE_CHECKING
 
 from graphprune.report import text
-from graphprune.report.records import Change, Layer
+from graphprune.report.plots import PANELS
 from graphprune.sensitivity import Sensitivity
 
 if TYPE_CHECKING:
     from graphprune.report import Report
+    from graphprune.report.history import History
 
 TITLES = {
     "macs": "MACs",
@@ -22,6 +25,7 @@ TITLES = {
 CURVES = 8
 """Curves of sensitivity that get a colour and a name."""
 _WIDE, _HIGH, _LEFT, _LOW = 560, 260, 56, 34
+_ACROSS, _DOWN = 200, 90
 
 
 def bar(before: float, after: float) -> str:
@@ -31,7 +35,7 @@ def bar(before: float, after: float) -> str:
 
 
 def short(value: int | float) -> str:
-    """A cost in at most five letters."""
+    """A cost in few letters."""
     for unit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= unit:
             return f"{value / unit:.3g}{letter}"
@@ -56,25 +60,21 @@ def totals(report: Report) -> str:
 
 
 def layers(report: Report) -> str:
-    """Multiply-adds and parameters of each layer; layers without multiply-adds are one row at the end."""
-    shown = [layer for layer in report.layers if layer.costs["macs"].before]
-    rest = [layer for layer in report.layers if not layer.costs["macs"].before]
-    if rest:
-        sums = [sum(getattr(layer.costs["params"], when) for layer in rest) for when in ("before", "after")]
-        shown.append(Layer(f"{len(rest)} without MACs", {"macs": Change(0, 0), "params": Change(*sums)}))
-    most = {name: max((layer.costs[name].before for layer in shown), default=1) or 1 for name in ("macs", "params")}
+    """What each layer costs; see `text.by_layer`."""
+    names, shown, left = text.by_layer(report)
+    most = {name: max((layer.costs[name].before for layer in shown), default=1) or 1 for name in names}
     rows = []
-    for layer in shown:
+    for k, layer in enumerate([*shown, *left]):
         cells = []
-        for name in ("macs", "params"):
-            change = layer.costs[name]
-            cells.append(
-                f'{bar(change.before / most[name], change.after / most[name])}<span class="n">'
-                f"{short(change.before)} → {short(change.after)}</span>"
-            )
+        for name in names:
+            change, unit = layer.costs[name], 1e3 if name == "latency" else 1
+            drawn = bar(change.before / most[name], change.after / most[name]) if k < len(shown) else "<span></span>"
+            cells.append(f'{drawn}<span class="n">{short(change.before / unit)} → {short(change.after / unit)}</span>')
         rows.append(f"<li><code>{escape(layer.name or '(the model itself)')}</code>{''.join(cells)}</li>")
-    head = '<li class="head"><span>layer</span><span>MACs</span><span></span><span>parameters</span><span></span></li>'
-    return f'<ol class="rows layers">{head}{"".join(rows)}</ol>'
+    titles = {"macs": "MACs", "params": "parameters", "latency": "time in μs"}
+    head = "".join(f"<span>{titles[name]}</span><span></span>" for name in names)
+    timed = " timed" if "latency" in names else ""
+    return f'<ol class="rows layers{timed}"><li class="head"><span>layer</span>{head}</li>{"".join(rows)}</ol>'
 
 
 def sensitivity(scan: Sensitivity) -> str:
@@ -113,4 +113,50 @@ def sensitivity(scan: Sensitivity) -> str:
         f'<text x="{(_WIDE + _LEFT) / 2}" y="{_HIGH - 2}" text-anchor="middle">fraction kept</text>'
         f"{''.join(parts)}</svg>"
         f"<ol>{''.join(reversed(names))}</ol></div>"
+    )
+
+
+def training(history: History) -> str:
+    """The fraction near zero, and a panel per group: smallest to largest, 10 to 90 % and the median, over the steps."""
+    first, last = history.steps[0], history.steps[-1]
+    xs = [_ACROSS * (step - first) / ((last - first) or 1) for step in history.steps]
+
+    def line(ys: Iterable[float]) -> list[str]:
+        return [f"{x:.1f},{_DOWN * (1 - min(max(0.0, y), 1.0)):.1f}" for x, y in zip(xs, ys, strict=True)]
+
+    near = f'<polyline points="{" ".join(line(history.near_zero))}"/>'
+    panels = [_panel("near zero, of all channels", near, "1", "0", history)]
+    for name, track in list(history.groups.items())[:PANELS]:
+        low, high = track.bounds
+        every = [[math.log(max(low, s) / low) / math.log(high / low) for s in row] for row in track.sizes]
+        least, lower, middle, upper, most = (line(ys) for ys in zip(*every, strict=True))
+        drawn = "".join(
+            f'<polygon class="{kind}" points="{" ".join([*above, *reversed(below)])}"/>'
+            for kind, below, above in (("all", least, most), ("most", lower, upper))
+        )
+        zero = line([math.log(max(low, track.near) / low) / math.log(high / low)] * len(xs))
+        drawn += f'<polyline class="cut" points="{zero[0]} {_ACROSS},{zero[0].split(",")[1]}"/>'
+        panels.append(
+            _panel(name, f'{drawn}<polyline points="{" ".join(middle)}"/>', f"{high:.2g}", f"{low:.1g}", history)
+        )
+    left = len(history.groups) - PANELS
+    more = f" {left} more groups are not drawn." if left > 0 else ""
+    return (
+        f'<p class="note">Sizes of the channels that {escape(history.penalty)} shrank, over the steps of training, '
+        "on a logarithmic scale: from the smallest to the largest, from 10 to 90 % of the channels, and the median. "
+        f'Below the dashed line a channel is near zero.{more}</p><div class="panels">{"".join(panels)}</div>'
+    )
+
+
+def _panel(name: str, drawn: str, high: str, low: str, history: History) -> str:
+    ends = [
+        (-6, 9, "end", high),
+        (-6, _DOWN, "end", low),
+        (0, _DOWN + 16, "start", f"{history.steps[0]:,}"),
+        (_ACROSS, _DOWN + 16, "end", f"{history.steps[-1]:,}"),
+    ]
+    said = "".join(f'<text x="{x}" y="{y}" text-anchor="{anchor}">{words}</text>' for x, y, anchor, words in ends)
+    return (
+        f"<figure><figcaption><code>{escape(name)}</code></figcaption>"
+        f'<svg viewBox="-56 -4 {_ACROSS + 60} {_DOWN + 24}">{drawn}{said}</svg></figure>'
     )

@@ -15,9 +15,10 @@ from graphprune.axes import Atom
 from graphprune.cost import Cost, widths
 from graphprune.coupling import Coupling, Group
 from graphprune.importance import Importance, Order, Scores, ordered
+from graphprune.latency import Prediction
 from graphprune.plan import Plan
 from graphprune.program import Node, Value
-from graphprune.report.records import Change, Histogram, Layer, Op, Pinned, Slot, Stage, Width
+from graphprune.report.records import Change, Histogram, Layer, Op, Pinned, Slot, Stage, Timing, Width
 
 SHOWN = 24
 """Members that are listed per group; groups of a concatenation can have thousands."""
@@ -40,13 +41,15 @@ class Ops:
 
 
 def described(criterion: object) -> str:
-    """The class of a criterion and those of its options that are plain and differ from their defaults.
+    """The class of a criterion and those of its options that are plain and differ from their defaults; words as such.
 
     Example:
         >>> import graphprune as gp
         >>> described(gp.importance.Gamma("max", otherwise=gp.importance.Magnitude()))
         "Gamma(reduction='max', otherwise=Magnitude)"
     """
+    if isinstance(criterion, str):
+        return criterion
     if not dataclasses.is_dataclass(criterion):
         return str(getattr(criterion, "__name__", type(criterion).__name__))
     options = []
@@ -85,8 +88,18 @@ def _in_order_of_removal(score: torch.Tensor | Order) -> torch.Tensor:
 # -- groups --------------------------------------------------------------------------------------------------------
 
 
-def groups(coupling: Coupling, plan: Plan, scores: Scores, by: Mapping[str, Importance], ops: Ops) -> Iterator[Width]:
-    """Everything there is to say about each group."""
+def groups(
+    coupling: Coupling, plan: Plan, scores: Scores, by: Mapping[str, Importance], whole: Mapping[str, str], ops: Ops
+) -> Iterator[Width]:
+    """Everything there is to say about each group.
+
+    Args:
+        coupling, plan: whose groups, and what is left of them.
+        scores: how their channels were scored.
+        by: per group that an `otherwise` scored, which criterion that was.
+        whole: per group that steps have made whole, why.
+        ops: to be filled with the calls that tie members.
+    """
     kept = widths(plan)
     for group in coupling.groups:
         width = kept[group.name]
@@ -100,6 +113,7 @@ def groups(coupling: Coupling, plan: Plan, scores: Scores, by: Mapping[str, Impo
             slots=slots(coupling, group, ops),
             scores=histogram(scores[group.name], width) if group.name in scores else None,
             criterion=described(by[group.name]) if group.name in by else "",
+            whole=whole.get(group.name, ""),
         )
 
 
@@ -147,8 +161,8 @@ def pinned(coupling: Coupling) -> Iterator[Pinned]:
 # -- layers and the flow between axes --------------------------------------------------------------------------------
 
 
-def layers(coupling: Coupling, kept: Mapping[str, int]) -> Iterator[Layer]:
-    """Multiply-adds and parameters of each module that has any of its own, in the order in which they run."""
+def layers(coupling: Coupling, kept: Mapping[str, int], latency: Prediction | None = None) -> Iterator[Layer]:
+    """Multiply-adds, parameters and predicted time of each module that has any of its own, as they first run."""
     program = coupling.program
     called = [
         (a.node.module, [(*made, *summed) for made, summed in a.macs]) for a in coupling.applied.values() if a.macs
@@ -162,8 +176,22 @@ def layers(coupling: Coupling, kept: Mapping[str, int]) -> Iterator[Layer]:
             costs = found.setdefault(module, {n: Change(0, 0) for n in ("macs", "params")})
             sofar = costs[name]
             costs[name] = Change(sofar.before + round(before), sofar.after + round(after))
-    for module, costs in found.items():
-        yield Layer(module, costs)
+    if latency is not None:
+        before, after = (latency.by_module(now) for now in ({}, kept))
+        for module in found | before:
+            costs = found.setdefault(module, {n: Change(0, 0) for n in ("macs", "params")})
+            costs["latency"] = Change(round(before.get(module, 0.0)), round(after.get(module, 0.0)))
+    turns = {module: k for k, module in enumerate(dict.fromkeys(node.module for node in program.nodes))}
+    for module in sorted(found, key=lambda module: turns.get(module, len(turns))):
+        yield Layer(module, found[module])
+
+
+def timing(latency: Prediction) -> Timing:
+    """What the time that is predicted is made of."""
+    total = latency.at({})
+    together, nanoseconds = latency.together
+    besides = max(0.0, total - sum(latency.by_module({}).values()))
+    return Timing(besides, together, min(1.0, nanoseconds / total) if total else 0.0)
 
 
 def stages(coupling: Coupling, ops: Ops) -> Iterator[Stage]:

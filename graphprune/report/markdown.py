@@ -36,10 +36,14 @@ def document(report: Report) -> str:
 
 def facts(report: Report) -> list[tuple[str, str]]:
     """What was done and found, a title and a sentence each."""
-    found = [("groups", text.grouped(report))]
+    found = [("timed", text.timed(report))] if report.timing else []
+    found.append(("groups", text.grouped(report)))
     if report.importance:
         found.append(("scored", f"by {report.importance}, {report.allocation} allocation"))
     found += [("scored apart", line) for line in text.scored_apart(report)]
+    if report.training is not None:
+        found.append(("trained", str(report.training)))
+    found += [("whole", line) for line in text.stuck(report)]
     found.append(("traced", report.traced))
     found.append(("emitted", report.emitter + (f" because {report.reason}" if report.reason else "")))
     if report.grafts:
@@ -96,12 +100,11 @@ def _groups(report: Report) -> str:
 
 
 def _layers(report: Report) -> str:
-    rows = []
-    for layer in report.layers:
-        macs, params = layer.costs["macs"], layer.costs["params"]
-        if macs.before:
-            rows.append((_code(layer.name), *_cells("macs", macs), *_cells("params", params)))
-    return _table(("layer", "MACs before", "after", "parameters before", "after"), rows)
+    titles = {"macs": "MACs", "params": "parameters", "latency": "time"}
+    names, layers, left = text.by_layer(report)
+    head = ("layer", *(title for name in names for title in (f"{titles[name]} before", "after")))
+    rows = [(_code(y.name), y) for y in layers] + [(y.name, y) for y in left]
+    return _table(head, [(name, *(c for n in names for c in _cells(n, y.costs[n]))) for name, y in rows])
 
 
 def _pinned(report: Report) -> str:

@@ -75,12 +75,13 @@ function told(axis) {
     const at = where ? [make("p", { class: "n" }, `at ${where}`)] : [];
     return [make("h2", null, name), make("p", null, `${size} channels in ${count} places stay: ${reason}`), ...at];
   }
-  const [name, before, after, count, exactness, cause, criterion, scores, slots] = data.groups[axis];
+  const [name, before, after, count, exactness, cause, criterion, whole, scores, slots] = data.groups[axis];
   const by = criterion || data.importance;
   const parts = [
     make("h2", null, name),
     make("p", null, `${before} → ${after} channels, ${exactness}${cause ? ` because of ${cause}` : ""}`),
   ];
+  if (whole) parts.push(make("p", null, `What is left stays as it is: ${whole}`));
   if (scores) {
     parts.push(make("h3", null, `Scores${by ? ` by ${by}` : ""}`), ...histogram(scores));
     parts.push(make("p", { class: "n" }, make("i", { class: "key kept" }), `${after} kept`, make("i", { class: "key gone" }), `${before - after} removed`, scores[4] === null ? "" : `, cut at ${rounded(scores[4])}`));

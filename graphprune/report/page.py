@@ -69,6 +69,7 @@ def _sections(report: Report) -> Iterable[tuple[str, str, str]]:
     yield "layers", "Layers", _search("layers", "layers") + charts.layers(report) if report.layers else ""
     yield "pinned", "Pinned", _pinned(report)
     yield "sensitivity", "Sensitivity", charts.sensitivity(report.sensitivity) if report.sensitivity else ""
+    yield "training", "Sparse training", charts.training(report.training) if report.training else ""
 
 
 def _header(report: Report) -> str:
@@ -101,6 +102,7 @@ def _widths(report: Report, groups: Sequence[Width]) -> str:
     rows = []
     for k, w in enumerate(groups):
         mark = "" if w.exactness == "exact" else f'<em class="tag">{escape(w.exactness)}</em>'
+        mark += '<em class="tag whole">whole</em>' if w.whole else ""
         rows.append(
             f'<li data-a="{k}"><button><code>{escape(w.name)}</code>{mark}</button>'
             f'{charts.bar(w.before / most, w.after / most)}<span class="n">{w.before} → {w.after}</span></li>'
@@ -156,7 +158,7 @@ def _payload(report: Report) -> str:
             s.unseen,
         ]
         slots = [[slot.name, slot.dim, slot.to, slot.through] for slot in w.slots]
-        groups.append([w.name, w.before, w.after, w.members, w.exactness, w.cause, w.criterion, spread, slots])
+        groups.append([w.name, w.before, w.after, w.members, w.exactness, w.cause, w.criterion, w.whole, spread, slots])
     data = {
         "importance": report.importance,
         "groups": groups,

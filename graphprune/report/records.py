@@ -92,6 +92,7 @@ class Width:
         slots: the first of its members, and what ties them.
         scores: how its channels were scored; None if they were not.
         criterion: what scored it, if that was not the criterion that was asked for but its `otherwise`.
+        whole: why what is left of it stays as it is, where steps have made it so; empty for a group that can shrink.
     """
 
     name: str
@@ -103,6 +104,7 @@ class Width:
     slots: tuple[Slot, ...] = ()
     scores: Histogram | None = None
     criterion: str = ""
+    whole: str = ""
 
 
 @dataclass(frozen=True)
@@ -122,11 +124,27 @@ class Layer:
 
     Attributes:
         name: its path; empty for the model itself.
-        costs: "macs" and "params", before and after.
+        costs: "macs" and "params", before and after; with a predicted latency also that of the calls that it makes
+            itself, in nanoseconds.
     """
 
     name: str
     costs: Mapping[str, Change] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What a predicted time is made of, beside the calls of the layers.
+
+    Attributes:
+        besides: nanoseconds that the original takes besides its calls; no width changes them.
+        together: how many calls were measured only as all their sizes shrank at once.
+        share: their fraction of the time of the original.
+    """
+
+    besides: float
+    together: int
+    share: float
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,14 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from graphprune.recover import Quality
-from graphprune.report.records import Change
+from graphprune.report.records import Change, Layer
 
 if TYPE_CHECKING:
     from graphprune.report import Report
+
+
+BRIEF = 0.01
+"""Layers without multiply-adds are shown one by one where they take at least this part of the time."""
 
 
 def summary(report: Report) -> str:
@@ -19,10 +23,15 @@ def summary(report: Report) -> str:
         lines.append(f"  {name:<9} {_line(name, change, 'predicted')}")
     if report.measured is not None:
         lines.append(f"  {'':<9} {_line('latency', report.measured, 'measured')}")
+    if report.timing is not None:
+        lines.append(f"  timed     {timed(report)}")
     lines.append(f"  groups    {grouped(report)}")
     if report.importance:
         lines.append(f"  scored    by {report.importance}, {report.allocation} allocation")
     lines.extend(f"  scored    {line}" for line in scored_apart(report))
+    if report.training is not None:
+        lines.append(f"  trained   {report.training}")
+    lines.extend(f"  whole     {line}" for line in stuck(report))
     lines.append(f"  traced    {report.traced}")
     lines.append(f"  emitted   {report.emitter}" + (f" because {report.reason}" if report.reason else ""))
     if report.grafts:
@@ -61,6 +70,42 @@ def _line(name: str, change: Change, how: str) -> str:
     return f"{before:>15} -> {after:>15}  ({change.kept:.3f} kept" + (f", ms {how})" if name == "latency" else ")")
 
 
+def by_layer(report: Report) -> tuple[list[str], list[Layer], list[Layer]]:
+    """The costs that are known layer by layer, the layers that are worth a row, and rows for what is left.
+
+    That is all other layers together and, where there are times, what the model takes outside of all calls, so that
+    every column adds up.
+    """
+    known = any("latency" in layer.costs for layer in report.layers)
+    names = ["macs", "params", *(["latency"] if known else [])]
+    none = {name: Change(0, 0) for name in names}
+    layers = [Layer(layer.name, {**none, **layer.costs}) for layer in report.layers]
+    total = sum(layer.costs["latency"].before for layer in layers) if known else 0
+
+    def worth(layer: Layer) -> bool:
+        return bool(layer.costs["macs"].before or (known and layer.costs["latency"].before > BRIEF * total))
+
+    shown, rest = [y for y in layers if worth(y)], [y for y in layers if not worth(y)]
+    left = []
+    if rest:
+        sums = {n: Change(*(sum(getattr(y.costs[n], w) for y in rest) for w in ("before", "after"))) for n in names}
+        left.append(Layer(f"{len(rest)} without MACs", sums))
+    if known and report.timing is not None:
+        left.append(Layer("outside all calls", {**none, "latency": Change(*[report.timing.besides] * 2)}))
+    return names, shown, left
+
+
+def timed(report: Report) -> str:
+    """What a predicted time is made of."""
+    t = report.timing
+    if t is None:
+        return "no"
+    besides = f"call by call, {amount('latency', t.besides)} besides"
+    if not t.together:
+        return besides
+    return f"{besides}; {t.together} calls, {t.share:.3f} of the time, only as all their sizes shrink at once"
+
+
 def grouped(report: Report) -> str:
     """How many groups got smaller."""
     smaller = sum(w.after < w.before for w in report.groups)
@@ -73,10 +118,17 @@ def scored_apart(report: Report) -> list[str]:
     by = Counter(w.criterion for w in report.groups if w.criterion)
     first = {w.criterion: w.name for w in reversed(report.groups)}
     lines = [f"{n} groups by {criterion} instead, such as {first[criterion]}" for criterion, n in by.items()]
-    without = [w.name for w in report.groups if w.scores is None]
+    without = [w.name for w in report.groups if w.scores is None and not w.whole]
     if 0 < len(without) < len(report.groups):
         lines.append(f"{len(without)} groups not at all, such as {without[0]}: they stay as they were")
     return lines
+
+
+def stuck(report: Report) -> list[str]:
+    """Groups that are none any more, by cause, or none."""
+    by = Counter(w.whole for w in report.groups if w.whole)
+    first = {w.whole: w.name for w in reversed(report.groups)}
+    return [f"{n} groups are none any more, such as {first[why]}: {why}" for why, n in by.items()]
 
 
 def grafted(report: Report) -> str:

@@ -5,6 +5,7 @@ removes: each is a callable between `loss.backward()` and `optimizer.step()`. `G
 steps. All of them can be attached to an optimizer.
 """
 
+from graphprune.report import History
 from graphprune.training.callbacks import lightning_callback, transformers_callback
 from graphprune.training.distribution import Distribution
 from graphprune.training.fisher import GroupFisher, Removed
@@ -18,6 +19,7 @@ __all__ = [
     "GroupFisher",
     "GroupLasso",
     "GrowingL2",
+    "History",
     "Penalty",
     "Removed",
     "Slimming",

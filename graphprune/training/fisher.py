@@ -18,10 +18,10 @@ from graphprune.calibrate import Gradients
 from graphprune.cost import Cost, activations, macs, params
 from graphprune.couple import couple
 from graphprune.errors import CalibrationError, InputError
-from graphprune.importance import ordered
+from graphprune.importance import Removal, ordered
 from graphprune.plan import Plan
 from graphprune.pruning import Result, check_target, emit_verified, names_of, require_groups
-from graphprune.report import report
+from graphprune.report import Choice, report
 from graphprune.rewrite import Emit
 from graphprune.trace import Inputs, held, trace
 from graphprune.training.masks import Masks
@@ -64,6 +64,8 @@ class GroupFisher:
     layers that are coupled, squared, and averaged over the samples of `every` steps. The channel with the least
     1/2 mean q^2 over what it costs at the widths of the moment goes: its weights are zero from there on. When the
     target is met, `finish` writes the smaller module, which computes what the masked one does, and proves that.
+    Scores in its report are 1/2 mean q^2 as it was when a channel went, or, where it stays, at the last removal. They
+    are of different times of the training: a cut is drawn only where all that went are below all that stay.
 
     Under `torch.distributed` all processes add up what they saw, and take the decision of the first one. A batch may be
     spread over several backward passes. Gradient checkpointing of the whole model and compiled models are not seen.
@@ -121,7 +123,7 @@ class GroupFisher:
         if isinstance(target.channels, Mapping):
             raise InputError("GroupFisher: fractions by group leave nothing to choose; give a fraction of a cost")
         self.model, self.inputs, self.target = model, Inputs.of(example_inputs), target
-        self.every, self.count, self.reduction = every, count, reduction
+        self.every, self.count, self.normalize, self.reduction = every, count, normalize, reduction
         self.coupling = couple(trace(model, self.inputs), on_unknown=on_unknown, keep_names=keep_names)
         require_groups(self.coupling)
         sizes = {group.name: group.size for group in self.coupling.groups}
@@ -131,6 +133,7 @@ class GroupFisher:
         self.choice = self.problem.most
         self.cost: Cost | None = None if COSTS[normalize] is None else COSTS[normalize](self.coupling)
         self.keep = {name: list(range(size)) for name, size in sizes.items()}
+        self.scores = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
         self.sums = {name: Gradients.empty(size, products=False) for name, size in sizes.items()}
         self.step, self.removed = 0, list[Removed]()
         self._start = {name: tensor.detach().to("cpu", copy=True) for name, tensor in held(model)}
@@ -212,6 +215,8 @@ class GroupFisher:
                 "its loss.backward(), before optimizer.step()"
             )
         scores = {name: sums.second / 2 for name, sums in self.sums.items()}
+        for name, kept in self.keep.items():
+            self.scores[name][kept] = scores[name][kept]
         for _ in range(self.count):
             if not self.done:
                 best = torch.tensor([self._least(scores)])
@@ -276,10 +281,23 @@ class GroupFisher:
         plan = self.plan
         with self._masks.filled(self._start):
             rewritten, verification = emit_verified(self.model, self.inputs, self.coupling, plan, emit=emit)
-        reported = report(self.coupling, plan, self.target, rewritten, verification)
+        reported = report(self.coupling, plan, self.target, rewritten, verification, choice=self._told())
         return Result(
             rewritten.model, plan, self.coupling, reported, names_of(self.model), self.inputs, rewritten.changes
         )
+
+    def _told(self) -> Choice | None:
+        """What to report of how channels were chosen; None where none was."""
+        if not self.removed:
+            return None
+        said = f"Fisher of the {self.every} steps before a channel went, or before the last removal"
+        scores = {}
+        for name, kept in self.keep.items():
+            gone = [channel for removed in self.removed for channel in removed.channels.get(name, ())]
+            stay = sorted(kept, key=lambda channel, worth=self.scores[name]: float(worth[channel]))  # type: ignore[misc]
+            order = torch.tensor([*gone, *stay])
+            scores[name] = Removal(order, self.scores[name][order])
+        return Choice(said, f"greedy per {self.normalize}" if self.normalize else "greedy", scores)
 
     def __str__(self) -> str:
         spent = self.problem.spent(self.choice)
@@ -295,6 +313,7 @@ class GroupFisher:
             "keep": {name: list(kept) for name, kept in self.keep.items()},
             "choice": self.choice.tolist(),
             "removed": [(r.step, dict(r.channels), r.importance) for r in self.removed],
+            "scores": {name: scores.clone() for name, scores in self.scores.items()},
             "sums": [tensor.clone() for tensor in self._tensors()],
             "start": dict(self._start),
         }
@@ -311,6 +330,7 @@ class GroupFisher:
         self.keep = {name: list(kept) for name, kept in state["keep"].items()}
         self.removed = [Removed(*removed) for removed in state["removed"]]
         self._start = dict(state["start"])
+        self.scores = {name: scores.clone() for name, scores in state["scores"].items()}
         for tensor, kept in zip(self._tensors(), state["sums"], strict=True):
             tensor.copy_(kept)
         self._masks.set(self.plan)

@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from graphprune.errors import InputError
-from graphprune.training.distribution import Distribution
+from graphprune.report import History, Track
+from graphprune.training.distribution import NEAR, Distribution
 from graphprune.training.pieces import Channels, distinct
 
 Strength: TypeAlias = float | Callable[[int], float]
@@ -46,6 +47,7 @@ class Penalty(ABC):
         self.groups, self.strength, self.step = groups, strength, 0
         self._parameters = distinct(groups)
         self._start = {name: held.sizes() for name, held in groups.items()}
+        self._every, self._points = 0, {0: self._point()}
 
     @abstractmethod
     def _add(self, strength: float) -> None:
@@ -66,6 +68,8 @@ class Penalty(ABC):
                 f"{type(self).__name__}: none of {len(self._parameters)} parameters has a gradient, such as "
                 f"{next(iter(self._parameters))}; call it after loss.backward() and before optimizer.step()"
             )
+        if self._every and self.step % self._every == 0:
+            self._points[self.step] = self._point()
         strength = self.strength(self.step) if callable(self.strength) else self.strength
         self._add(strength * scale)
         self.step += 1
@@ -95,13 +99,42 @@ class Penalty(ABC):
         """What has become of the channels' sizes so far."""
         return Distribution(self.step, self._start, {name: held.sizes() for name, held in self.groups.items()})
 
+    def record(self, every: int = 100) -> None:
+        """Keep quantiles of the sizes before every so many steps from now on, for `history`.
+
+        Args:
+            every: how many steps; 0 ends it.
+        Raises:
+            InputError: it is no number of steps.
+        """
+        if isinstance(every, bool) or not isinstance(every, int) or every < 0:
+            raise InputError(f"record(every={every!r}): a whole number of steps, such as 100")
+        self._every = every
+
+    @property
+    def history(self) -> History:
+        """The sizes at the start, those that `record` kept, and those of now; `history.plot()` draws them."""
+        points = {**self._points, self.step: self._point()}
+        shares, quantiles = zip(*points.values(), strict=True)
+        groups = {
+            name: Track(NEAR * float(start.median()), tuple(each[name] for each in quantiles))
+            for name, start in self._start.items()
+        }
+        return History(type(self).__name__, tuple(points), shares, groups)
+
+    def _point(self) -> tuple[float, dict[str, tuple[float, ...]]]:
+        """The fraction near zero, and quantiles per group."""
+        now = self.distribution()
+        return now.near_zero(), {name: now.quantiles(name) for name in now.now}
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
-        return {"step": self.step, "start": dict(self._start)}
+        return {"step": self.step, "start": dict(self._start), "every": self._every, "points": dict(self._points)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
         self.step, self._start = int(state["step"]), dict(state["start"])
+        self._every, self._points = int(state["every"]), dict(state["points"])
 
 
 def shrink(groups: Mapping[str, Channels], strength: float) -> None:

@@ -181,6 +181,53 @@ def test_apoz_is_the_fraction_that_is_not_zero():
     assert 0 < scores.min() < 1
 
 
+def test_apoz_counts_zeros_of_maps_that_are_pooled_away():
+    net = nn.Sequential(
+        *(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 5, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(5, 7, 1)),
+        *(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(7, 2)),
+    )
+    model, coupling = coupled(net, torch.rand(2, 3, 8, 8))
+    x = images(6)
+    for layer in (2, 5):  # half of what each channel holds before its activation is negative
+        with torch.no_grad():
+            model[layer].bias -= model[: layer + 1](x).transpose(0, 1).flatten(1).median(1).values
+    found = gp.calibrate(model, coupling, [x[:4], x[4:]], statistics=["activations"], progress=False)
+    scores = APoZ(found)(model, coupling)
+    for name, upto in (("0", 2), ("2", 5)):  # these are read as maps, after the pooling too
+        close(scores[name], (model[:upto](x) != 0).double().mean((0, 2, 3)))
+        assert torch.equal(found.activations[name].looked, found.activations[name].count)
+    maps, pooled = model[:7](x), model[:8](x)
+    assert (pooled != 0).all()
+    zeros = (maps == 0).double().sum((0, 2, 3))
+    close(scores["5"], 1 - zeros / (6 * maps[0, 0].numel() + 6))
+    assert scores["5"].min() < 1
+    close(found.activations["5"].mean, pooled.double().mean((0, 2, 3)), 1e-6)
+
+
+class Pooled(nn.Module):
+    """Maps that are pooled twice, and may be read by a convolution as well."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.a, self.b, self.c, self.read = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 5, 1), nn.Linear(6, 5), read
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        pooled = self.c(x.mean((2, 3))) + self.c(x.amax((2, 3)))
+        return pooled + self.b(x).sum((2, 3)) if self.read else pooled
+
+
+@pytest.mark.parametrize("read", [True, False])
+def test_maps_that_are_pooled_twice_or_read_as_well_are_counted_once(read):
+    model, coupling = coupled(Pooled(read), torch.rand(2, 3, 8, 8))
+    x = images(4)
+    found = gp.calibrate(model, coupling, [x], statistics=["activations"], progress=False).activations["a"]
+    assert found.count.tolist() == [4 * (2 + 64 * read)] * 6
+    assert found.looked.tolist() == [4 * (2 + 64)] * 6
+    maps = model.a(x).relu()
+    assert found.zeros.sum() == (maps == 0).sum() + (maps.amax((2, 3)) == 0).sum()
+
+
 # -- reconstruction -----------------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 import graphprune as gp
+from graphprune.report.gather import BINS
 from graphprune.training import GroupFisher
 from graphprune.training.watch import Watch
 from tests.two_processes import beside, needs_gloo
@@ -210,6 +211,39 @@ def test_several_go_at_once_and_the_last_ones_do_not_overshoot():
     assert sum(map(len, pruner.keep.values())) == 6
 
 
+def test_the_report_has_the_scores_that_channels_had_when_they_went():
+    net = made(plain)
+    pruner = GroupFisher(net, X, target=gp.Target(channels=0.6), every=2, normalize=None)
+    sgd = torch.optim.SGD(net.parameters(), lr=0.05)
+    pruner.attach(sgd)
+    trained(net, pruner, sgd)
+    report = pruner.finish().report
+    assert report.importance == "Fisher of the 2 steps before a channel went, or before the last removal"
+    assert (report.allocation, len(pruner.removed)) == ("greedy", 5)
+    assert len({removed.importance for removed in pruner.removed}) == 5
+    for width in report.groups:
+        went = [r.importance for r in pruner.removed if width.name in r.channels]  # one channel each, at no cost
+        for value in went:
+            at = min(int((value - width.scores.low) / (width.scores.high - width.scores.low) * BINS), BINS - 1)
+            assert width.scores.removed[at] > 0
+        stays = pruner.scores[width.name][pruner.keep[width.name]]
+        assert (sum(width.scores.kept), sum(width.scores.removed)) == (len(stays), len(went))
+        assert width.scores.cut == (pytest.approx(float(stays.min())) if max(went) <= stays.min() else None)
+        assert width.scores.high == pytest.approx(max([float(stays.max()), *went]))
+
+
+def test_costs_are_named_in_the_report_and_nothing_is_told_of_no_choice():
+    net = made(plain)
+    pruner = GroupFisher(net, X, target=gp.Target(macs=0.9), every=1, normalize="macs")
+    sgd = torch.optim.SGD(net.parameters(), lr=0.05)
+    pruner.attach(sgd)
+    trained(net, pruner, sgd)
+    assert "before the last removal, greedy per macs allocation" in str(pruner.finish().report)
+    whole = GroupFisher(net, X, target=gp.Target(macs=1.0)).finish().report
+    assert whole.importance == whole.allocation == ""
+    assert all(width.scores is None for width in whole.groups)
+
+
 # -- masked, and then smaller ---------------------------------------------------------------------------------------
 
 
@@ -378,7 +412,10 @@ def test_it_goes_on_where_its_state_was_taken():
     assert other.removed == pruner.removed
     assert str(other) == str(pruner) == "after 15 steps 5 channels are removed, channels 0.545 of 0.6"
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), want.state_dict().values(), strict=True))
-    assert other.finish().report.verification.error < 1e-9
+    assert all(torch.equal(scores, pruner.scores[name]) for name, scores in other.scores.items())
+    result = other.finish()
+    assert result.report.verification.error < 1e-9
+    assert result.report.groups == pruner.finish().report.groups
 
 
 # -- several processes ----------------------------------------------------------------------------------------------

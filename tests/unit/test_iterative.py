@@ -196,6 +196,43 @@ def test_what_is_no_group_any_more_stays_and_the_target_is_met():
     assert widths[0][0] == widths[1][0] == widths[2][0] < 16
     assert widths[0][1] > widths[1][1] > widths[2][1]
     assert result.report.costs["macs"].kept <= 0.3
+    why = "softmax compares or orders its positions, at softmax in 2, found in step 2"
+    assert [[width.whole for width in report.groups] for report in result.reports] == [
+        ["", "", ""],
+        *[[why, "", ""]] * 2,
+    ]
+    for page in (str(result.report), result.report.to_markdown()):
+        assert f"1 groups are none any more, such as 0: {why}" in page
+        assert "not at all" not in page
+    assert why in result.report.to_html()
+
+
+class Forked(nn.Module):
+    """Two groups, which training may make one, or leave out."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.how = nn.Linear(3, 8), nn.Linear(3, 8), nn.Linear(8, 5), "apart"
+        self.d = nn.Linear(8, 5)
+
+    def forward(self, x):
+        if self.how == "gone":
+            return self.c(self.a(x))
+        a, b = self.a(x), self.b(x)
+        return self.c(a + b) + self.d(b) if self.how == "together" else self.c(a) + self.d(b)
+
+
+@pytest.mark.parametrize(
+    ("how", "cause"), [("together", "it is part of a"), ("gone", "no tensor of it is left that the forward reads")]
+)
+def test_a_group_that_is_part_of_another_one_or_is_not_read_says_so(how, cause):
+    def train(step):
+        step.model.how = how
+
+    result = gp.prune_iteratively(Forked(), torch.randn(2, 3), target=gp.Target(channels=0.5), steps=2, train=train)
+    whole = {width.name: width.whole for width in result.report.groups}
+    assert whole.pop("b") == f"{cause}, found in step 2"
+    assert [width.after for width in result.reports[0].groups if width.name == "b"] == [6]
 
 
 def test_orders_are_honoured_in_every_step():

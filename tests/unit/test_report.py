@@ -12,6 +12,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 import graphprune as gp
 from graphprune.allocate import Target
 from graphprune.importance.fallback import scored_by
-from graphprune.report import Change, Layer, Op, Pinned, Report, Slot, Stage, Width, markdown
+from graphprune.report import Change, History, Layer, Op, Pinned, Report, Slot, Stage, Track, Width, charts, markdown
 from graphprune.report.codec import decoded, encoded
 from graphprune.report.gather import BINS, SHOWN, described, histogram
 from graphprune.report.lanes import FAN, LETTERS, cut, lanes
@@ -296,6 +297,10 @@ def test_a_step_that_was_saved_has_no_scores(tmp_path):
 # -- JSON -------------------------------------------------------------------------------------------------------------
 
 
+TRACK = Track(5e-3, ((0.5, 0.5, 0.5, 0.5, 0.5), (0.0, 1e-4, 0.1, 0.4, 0.6)))
+HISTORY = History("Slimming", (0, 200), (0.0, 0.25), {"stem": TRACK, "inner": TRACK})
+
+
 def full(report: Report) -> Report:
     """A report with something of everything."""
     quality = gp.recover.Quality(float("nan"), float("inf"), None, 3)
@@ -313,6 +318,7 @@ def full(report: Report) -> Report:
         emitter="graft",
         reason="it does not work",
         groups=(replace(report.groups[0], exactness="renormalised", cause="layer_norm"), *report.groups[1:]),
+        training=HISTORY,
     ).with_sensitivity(scan)
 
 
@@ -367,6 +373,10 @@ def broken(report: Report, path: str, value: object) -> str:
         ("unknown.0.nodes", [], "an unknown op has no nodes"),
         ("sensitivity.curves.stem.widths", [1], "a curve has no points"),
         ("repair.method", "prayer", "is str, not"),
+        ("training.near_zero", [0.5], "a history has other records than steps"),
+        ("training.groups.stem.sizes", [], "a history has other records than steps"),
+        ("training.groups.stem.sizes.1", [0.5], "a record has not five sizes"),
+        ("training.steps", [], "a history has other records than steps"),
         ("requested.macs", 2, "the fraction kept lies in"),
     ],
 )
@@ -422,6 +432,7 @@ def evil(report: Report) -> Report:
         name=EVIL,
         cause=EVIL,
         criterion=EVIL,
+        whole=EVIL,
         exactness="renormalised",
         slots=tuple(replace(s, name=EVIL) for s in report.groups[0].slots),
     )
@@ -437,6 +448,7 @@ def evil(report: Report) -> Report:
         unused=(EVIL,),
         unknown=(gp.coupling.Unknown(EVIL, (EVIL,), EVIL),),
         sensitivity=Sensitivity(0.25, 8, {EVIL: Curve((EVIL,), 6, (2, 3), (1.5, -0.1))}),
+        training=replace(HISTORY, penalty=EVIL, groups={EVIL: TRACK}),
     )
 
 
@@ -588,6 +600,46 @@ def test_a_report_of_no_scores_is_shown(result):
     assert "not at all" not in bare.to_markdown()
 
 
+# -- sparse training --------------------------------------------------------------------------------------------------
+
+
+def test_every_form_says_how_a_penalty_shrank_the_channels(result):
+    report = result.report.with_training(HISTORY)
+    for page in (str(report), report.to_markdown(), report.to_html()):
+        assert "with Slimming for 200 steps: 0.00 " in page
+        assert " 0.25 of the channels near zero" in page
+    drawn = report.to_html().split('<section id="training">')[1].split("</section>")[0]
+    assert re.findall("<figcaption><code>([^<]*)<", drawn) == ["near zero, of all channels", "stem", "inner"]
+    assert 'id="training"' not in result.report.to_html()
+
+
+def test_sizes_are_drawn_on_a_logarithmic_scale_down_to_what_is_near_zero():
+    assert TRACK.bounds == (pytest.approx(5e-4), 0.6)
+    panel = charts.training(HISTORY).split("<figure>")[2]
+    outer, inner = re.findall(r'<polygon class="\w+" points="([^"]*)"', panel)
+    (zero,) = re.findall(r'class="cut" points="0.0,(\S+) 200,', panel)
+    top = 90 * (1 - np.log(0.5 / 5e-4) / np.log(0.6 / 5e-4))
+    assert outer.split() == [f"0.0,{top:.1f}", "200.0,0.0", "200.0,90.0", f"0.0,{top:.1f}"]
+    assert inner.split()[2] == "200.0,90.0"
+    assert float(zero) == pytest.approx(90 * (1 - np.log(10) / np.log(1200)), abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("near", "size"), [(0.0, 0.0), (0.0, 2.0), (5.0, 2.0), (0.1, float("nan")), (1.0, float("inf"))]
+)
+def test_sizes_that_have_no_logarithm_are_drawn(near, size):
+    track = Track(near, ((size,) * 5, (size,) * 5))
+    low, high = track.bounds
+    assert 0 < low < high < float("inf")
+    assert "nan" not in charts.training(replace(HISTORY, groups={"a": track}))
+
+
+def test_of_many_groups_the_page_says_how_many_are_not_drawn():
+    many = replace(HISTORY, groups={f"g{k}": TRACK for k in range(30)})
+    assert "6 more groups are not drawn" in charts.training(many)
+    assert charts.training(many).count("<figure>") == 25
+
+
 # -- the drawing ------------------------------------------------------------------------------------------------------
 
 
@@ -649,19 +701,30 @@ def test_figures_need_matplotlib(result, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(gp.InputError, match="plot needs matplotlib: pip install"):
         result.report.plot()
+    with pytest.raises(gp.InputError, match="plot needs matplotlib: pip install"):
+        HISTORY.plot()
+
+
+@pytest.mark.filterwarnings("default")  # of matplotlib and what it stands on
+def test_a_history_is_a_figure_by_itself():
+    pytest.importorskip("matplotlib", reason="the plot extra is not installed")
+    share, stem, inner = [axes for axes in HISTORY.plot().axes if axes.has_data()]
+    assert list(share.lines[0].get_ydata()) == [0.0, 0.25]
+    assert (stem.get_yscale(), stem.get_title(), inner.get_title()) == ("log", "stem", "inner")
+    assert list(stem.lines[0].get_ydata()) == [0.5, 0.1]
 
 
 @pytest.mark.filterwarnings("default")  # of matplotlib and what it stands on
 def test_figures_show_what_the_report_holds(result, tmp_path):
     pytest.importorskip("matplotlib", reason="the plot extra is not installed")
     found = evil(result.report).plot()
-    assert set(found) == {"totals", "widths", "layers", "scores", "sensitivity"}
+    assert set(found) == {"totals", "widths", "layers", "scores", "sensitivity", "training"}
     bars = [bar.get_width() for bar in found["widths"].axes[0].patches]
     assert bars == [w.before for w in result.report.groups] + [w.after for w in result.report.groups]
     assert len([a for a in found["scores"].axes if a.has_data()]) == len(result.report.groups)
     for name, figure in found.items():
         figure.savefig(tmp_path / f"{name}.png")
-    assert set(result.report.plot()) == set(found) - {"sensitivity"}
+    assert set(result.report.plot()) == set(found) - {"sensitivity", "training"}
     bare = replace(result.report, layers=(), groups=())
     assert set(bare.plot()) == {"totals"}
     many = replace(result.report, groups=tuple(Width(f"g{k}", k + 2, 1, 1, "exact") for k in range(100)))

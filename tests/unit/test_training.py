@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 import graphprune as gp
-from graphprune.training import GroupLasso, GrowingL2, Slimming, ramp
+from graphprune.training import Distribution, GroupLasso, GrowingL2, Slimming, ramp
 
 
 class Stream(nn.Module):
@@ -312,6 +312,50 @@ def test_slimming_parts_the_scales_and_the_record_shows_it():
     assert "of 11 channels are near zero" in last
 
 
+def test_sizes_are_recorded_every_few_steps_and_after_loading():
+    def run(stop=None):
+        net, coupling = made()
+        slimming = Slimming(net, coupling, 0.5)
+        sgd = torch.optim.SGD(net.parameters(), lr=0.05)
+        slimming.record(every=3)
+        for step in range(8):
+            if step == stop:
+                kept = slimming.state_dict()
+                slimming = Slimming(net, coupling, 0.5)
+                slimming.load_state_dict(kept)
+            sgd.zero_grad()
+            net(data()[0]).square().sum().mul(1e-3).backward()
+            slimming()
+            sgd.step()
+        return slimming
+
+    slimming = run()
+    history = slimming.history
+    assert (history.penalty, history.steps) == ("Slimming", (0, 3, 6, 8))
+    assert list(history.groups) == ["stem", "conv1"]
+    now = slimming.distribution()
+    for name, track in history.groups.items():
+        assert track.near == pytest.approx(0.01 * float(now.start[name].median()))
+        assert track.sizes[-1] == now.quantiles(name)
+        assert track.sizes[0] == Distribution(0, now.start, now.start).quantiles(name)
+        medians = [sizes[2] for sizes in track.sizes]
+        assert medians == sorted(medians, reverse=True)
+        assert medians[-1] < medians[0]
+    assert run(stop=5).history == history
+    nn.init.zeros_(slimming.groups["conv1"].pieces[0].parameter)
+    assert slimming.history.near_zero == (*history.near_zero[:-1], 5 / 11)
+
+
+def test_without_a_record_a_history_has_the_start_and_now():
+    net, coupling = made()
+    lasso = GroupLasso(net, coupling, 0.1)
+    assert lasso.history.steps == (0,)
+    net(data()[0]).sum().backward()
+    lasso()
+    assert lasso.history.steps == (0, 1)
+    assert str(lasso.history) == "with GroupLasso for 1 steps: 0.00 -> 0.00 of the channels near zero"
+
+
 # -- refused --------------------------------------------------------------------------------------------------------
 
 
@@ -356,6 +400,12 @@ def test_a_coupling_of_another_model_is_refused():
     net.bn1 = nn.BatchNorm2d(7)
     with pytest.raises(gp.InputError, match=r"bn1.weight is \[7\] in the model and \[5\] in the coupling; couple this"):
         Slimming(net, coupling, 0.1)
+
+
+@pytest.mark.parametrize("every", [-1, 1.5, True, "3"])
+def test_a_record_is_of_whole_steps(every):
+    with pytest.raises(gp.InputError, match="a whole number of steps, such as 100"):
+        Slimming(*made(), 0.1).record(every)
 
 
 @pytest.mark.parametrize("strength", [-0.1, float("nan")])
