@@ -24,6 +24,7 @@ from graphprune.recover import Method, Repair
 from graphprune.recover import repair as repair_weights
 from graphprune.report import Choice, Report, report
 from graphprune.rewrite import Change, Emit, Rewritten, rewrite
+from graphprune.rules import RULES, Rule
 from graphprune.trace import Inputs, parameters, trace
 from graphprune.verify import Bench, Verification
 
@@ -65,6 +66,7 @@ def prune(
     verify: bool = True,
     keep_names: Iterable[str] = (),
     on_unknown: Literal["pin", "error"] = "pin",
+    rules: Mapping[str, Rule] = RULES,
     repair: Method = "none",
     batchnorm: bool = False,
     batches: Iterable[Any] | None = None,
@@ -90,6 +92,7 @@ def prune(
         verify: compare the result with the zeroed original.
         keep_names: parameters, buffers or modules whose widths must stay.
         on_unknown: "pin" what an op without a rule touches, or raise an "error" that lists them all.
+        rules: op name to rule; add those of your own ops with `graphprune.RULES | graphprune.op(...)`.
         repair: what is done, after the proof, about what the removed channels did: "least_squares" refits the weights
             that are left, "bias" gives back means, "none" leaves the weights as they are. See `graphprune.repair`.
         batchnorm: take the statistics of batch norms anew, where that helps.
@@ -115,7 +118,7 @@ def prune(
     check(target, importance, latency)
     data = repair_data(importance, batches, loss) if repair != "none" or batchnorm else None
     inputs = Inputs.of(example_inputs)
-    coupling = couple(trace(model, inputs), norms=norms, on_unknown=on_unknown, keep_names=keep_names)
+    coupling = couple(trace(model, inputs), norms=norms, on_unknown=on_unknown, keep_names=keep_names, rules=rules)
     require_groups(coupling)
     latency = timer(latency, target)
     predicted = None if latency is None else latency(model, inputs, coupling)

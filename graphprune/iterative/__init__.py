@@ -7,7 +7,7 @@ fractions, floors and names in a target are those of the original, and the last 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -41,6 +41,7 @@ from graphprune.pruning import (
 from graphprune.recover import Method
 from graphprune.report import Choice, Report, report
 from graphprune.rewrite import Emit, changes
+from graphprune.rules import RULES, Rule
 from graphprune.trace import Inputs, held, trace
 
 __all__ = ["Iterated", "Schedule", "Step", "prune_iteratively"]
@@ -108,6 +109,7 @@ def prune_iteratively(
     verify: bool = True,
     keep_names: Iterable[str] = (),
     on_unknown: Literal["pin", "error"] = "pin",
+    rules: Mapping[str, Rule] = RULES,
     repair: Method = "none",
     batchnorm: bool = False,
     batches: Iterable[Any] | None = None,
@@ -131,7 +133,7 @@ def prune_iteratively(
         optimizer: over parameters of `model`; goes along as `migrate` says, with `unfit` as there.
         directory: where finished steps are kept. Called again with the same arguments, the run goes on after the last
             one. The files hold plans, weights and optimizer state; repairs and random generators are not kept.
-        norms, emit, verify, keep_names, on_unknown, repair, batchnorm, batches, loss: as for `prune`.
+        norms, emit, verify, keep_names, on_unknown, rules, repair, batchnorm, batches, loss: as for `prune`.
     Raises:
         InputError: an argument cannot be used, or the directory holds another run or a file that is cut off.
         TargetError: the target cannot be met; found out in the first step.
@@ -148,10 +150,11 @@ def prune_iteratively(
     check(target, importance, latency)
     aims = targets(target, steps, schedule)
     data = repair_data(importance, batches, loss) if repair != "none" or batchnorm else None
-    couples = partial(couple, norms=norms, on_unknown=on_unknown, keep_names=tuple(keep_names))
+    couples = partial(couple, norms=norms, on_unknown=on_unknown, keep_names=tuple(keep_names), rules=rules)
     carry = partial(carry_out, importance=importance, emit=emit, verify=verify)
     described = {"model": type(model).__name__, "weights": fingerprint(held(model)), "steps": steps}
     options = {"targets": [asdict(aim) for aim in aims], "allocation": allocation, "emit": emit, **couples.keywords}
+    options["rules"] = sorted(name for name, rule in rules.items() if RULES.get(name) is not rule)
     store = Store(directory, {**described, **options})
     inputs, names, before = Inputs.of(example_inputs), names_of(model), model
     coupling = couples(trace(model, inputs))

@@ -23,6 +23,7 @@ from graphprune.plan import Plan
 from graphprune.pruning import Result, check_target, emit_verified, names_of, require_groups
 from graphprune.report import Choice, report
 from graphprune.rewrite import Emit
+from graphprune.rules import RULES, Rule
 from graphprune.trace import Inputs, held, trace
 from graphprune.training.masks import Masks
 from graphprune.training.watch import Reading, Watch
@@ -79,7 +80,7 @@ class GroupFisher:
         normalize: what a channel costs: "memory", the elements of the outputs of layers that go with it (the paper's
             choice for speed), "macs", "params", or None for nothing.
         reduction: whether the loss is the "mean" or the "sum" of one loss per sample.
-        keep_names, on_unknown: as for `prune`.
+        keep_names, on_unknown, rules: as for `prune`.
         sample_dim: which dim of the inputs tells samples apart.
     Raises:
         GraphpruneError: as `prune`, for a model or a target that will not do.
@@ -112,6 +113,7 @@ class GroupFisher:
         reduction: Literal["mean", "sum"] = "mean",
         keep_names: Iterable[str] = (),
         on_unknown: Literal["pin", "error"] = "pin",
+        rules: Mapping[str, Rule] = RULES,
         sample_dim: int = 0,
     ) -> None:
         check_target(target)
@@ -124,7 +126,8 @@ class GroupFisher:
             raise InputError("GroupFisher: fractions by group leave nothing to choose; give a fraction of a cost")
         self.model, self.inputs, self.target = model, Inputs.of(example_inputs), target
         self.every, self.count, self.normalize, self.reduction = every, count, normalize, reduction
-        self.coupling = couple(trace(model, self.inputs), on_unknown=on_unknown, keep_names=keep_names)
+        program = trace(model, self.inputs)
+        self.coupling = couple(program, on_unknown=on_unknown, keep_names=keep_names, rules=rules)
         require_groups(self.coupling)
         sizes = {group.name: group.size for group in self.coupling.groups}
         self.problem = pose(

@@ -208,6 +208,20 @@ def test_a_rule_of_the_user_prunes_a_custom_op(front_end, emit):
     assert found.error < 1e-9 < found.effect
 
 
+def test_rules_of_the_user_go_through_pruning_in_one_call_in_steps_and_while_training(tmp_path):
+    model = Net(lambda s, x: s.last(mixed(x, s.first.weight, 3))).eval()
+    rules = gp.RULES | gp.op("odd_code.mixed", "*b i, o i -> *b o", zero="a*b")
+    given = {"target": gp.Target(channels=0.5), "rules": rules, "on_unknown": "error"}
+    once = gp.prune(model, X, **given)
+    stepwise = gp.prune_iteratively(model, X, steps=2, directory=tmp_path, **given)
+    for result in (once, stepwise):
+        assert result.model.last.in_features == result.model.first.out_features == model.first.out_features // 2
+        assert result.report.verification.error < 1e-9
+    assert [group.name for group in gp.training.GroupFisher(model, X, **given).coupling.groups] == ["first"]
+    with pytest.raises(gp.InputError, match=r"another run.*rules"):
+        gp.prune_iteratively(model, X, steps=2, directory=tmp_path, **given | {"rules": gp.RULES})
+
+
 def test_an_op_without_a_shape_is_to_be_given_one():
     with pytest.raises(gp.TraceError, match=r"give the op a fake implementation .* @torch.library.register_fake"):
         half(Net(lambda s, x: s.last(shapeless(s.first(x)))))
