@@ -196,18 +196,16 @@ class Subject:
 
 def settings(options: argparse.Namespace) -> Record:
     """What makes cells comparable."""
-    names = (
-        "amp",
-        "epochs",
-        "sparse_epochs",
-        "images",
-        "calibration",
-        "lr",
-        "scratch_lr",
-        "strength",
-        "group_strength",
-    )
+    names = ("amp", "epochs", "sparse_epochs", "images", "calibration", "lr", "scratch_lr")
     return {name: getattr(options, name) for name in names}
+
+
+def strength(options: argparse.Namespace, method: str) -> Record:
+    """How strong a method's penalty is, if it has one."""
+    if method in METHODS and METHODS[method].slims:
+        return {"strength": options.strength}
+    peer = cifar10_peer.PEERS.get(method)
+    return {"strength": getattr(options, peer.trains)} if peer and peer.trains else {}
 
 
 def cells(options: argparse.Namespace, network: str) -> list[Record]:
@@ -215,8 +213,10 @@ def cells(options: argparse.Namespace, network: str) -> list[Record]:
     of_all = {"network": network, "settings": settings(options)}
     found: list[Record] = []
     for seed in options.seeds:
-        found += [of_all | {"seed": seed, "method": m, "target": options.target} for m in options.methods]
-        found += [of_all | {"seed": seed, "method": SLIMMING, "removed": removed} for removed in options.curve]
+        each = of_all | {"seed": seed}
+        found += [each | {"method": m, **strength(options, m), "target": options.target} for m in options.methods]
+        slimmed = each | {"method": SLIMMING, **strength(options, SLIMMING)}
+        found += [slimmed | {"removed": removed} for removed in options.curve]
     return found
 
 

@@ -26,7 +26,7 @@ def table(results: Record) -> str:
         "# CIFAR-10",
         "Accuracy on the test images in percent: mean over seeds, and standard deviation where there are several. The "
         "epoch was chosen on images kept back from training. Channels inside blocks were pruned; the residual stream "
-        "stays. Written by `benchmarks/cifar10.py`.",
+        "stays. In brackets: the strength of a penalty. Written by `benchmarks/cifar10.py`.",
         f"{env['device']}, threads: {env['threads']}; {versions}; last run {env['date']}.",
     ]
     keys = dict.fromkeys((c["network"], json.dumps(c["settings"])) for c in results["cells"])
@@ -46,7 +46,7 @@ def _rows(cells: Sequence[Record], by: str) -> list[str]:
     """A line for each method and target, the best first; for a curve in order."""
     groups: dict[Any, list[Record]] = {}
     for cell in cells:
-        groups.setdefault((cell["method"], cell[by]), []).append(cell)
+        groups.setdefault((cell["method"] + _strength(cell), cell[by]), []).append(cell)
 
     def order(item: Any) -> Any:
         (method, value), held = item
@@ -62,6 +62,10 @@ def _rows(cells: Sequence[Record], by: str) -> list[str]:
             f"| {first} | {kept[0]:.3f} | {kept[1]:.3f} | {found[0]} | {found[1]} | {len(held)} | {seconds:.0f} |"
         )
     return rows
+
+
+def _strength(cell: Record) -> str:
+    return f" ({cell['strength']:g})" if "strength" in cell else ""
 
 
 def spread(values: Sequence[float]) -> str:
