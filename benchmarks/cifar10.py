@@ -77,6 +77,9 @@ METHODS: Mapping[str, Method] = {
     "Random": Method(lambda batches, seed: gp.importance.Random(seed)),
     "Magnitude": Method(lambda batches, seed: gp.importance.Magnitude()),
     "Magnitude, repaired": Method(lambda batches, seed: gp.importance.Magnitude(), repair="least_squares"),
+    "Magnitude, repaired, distilled": Method(
+        lambda batches, seed: gp.importance.Magnitude(), repair="least_squares", distils=True
+    ),
     SLIMMING: Method(lambda batches, seed: gp.importance.Gamma(), "global", slims=True),
     "Rank": Method(lambda batches, seed: gp.importance.Rank([x for x, _ in batches], **_DATA)),
     "Reconstruction": Method(
@@ -270,8 +273,8 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--calibration", type=int, default=1000, help="training images that criteria look at")
     parser.add_argument("--lr", type=float, default=0.02)
     parser.add_argument("--scratch-lr", type=float, default=0.1)
-    parser.add_argument("--strength", type=float, default=1e-3, help="of penalties on scales")
-    parser.add_argument("--group-strength", type=float, default=5e-4, help="of torch-pruning's group norm")
+    parser.add_argument("--strength", type=float, default=1e-4, help="of penalties on scales")
+    parser.add_argument("--group-strength", type=float, default=1e-4, help="of torch-pruning's group norm")
     parser.add_argument("--amp", action="store_true", help="train in bfloat16 where autocast does")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
