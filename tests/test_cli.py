@@ -580,6 +580,33 @@ def test_datasets_of_torchvision_are_read_from_disk(net, monkeypatch, kind):
     assert "it is torchvision:NAME:DIR" in refused(*arguments, "torchvision:Nothing:x")
 
 
+def test_mnist_of_torchvision_is_read_from_its_files(net, tmp_path):
+    pytest.importorskip("torchvision.datasets", reason="the zoo extra is not installed")
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        images, labels = np.full((3, 28, 28), 255, np.uint8), np.array([7, 2, 1], np.uint8)
+        for name, array in (("images-idx3", images), ("labels-idx1", labels)):
+            header = np.array([0x800 + array.ndim, *array.shape], ">i4").tobytes()
+            (raw / f"{part}-{name}-ubyte").write_bytes(header + array.tobytes())
+    ((x, y),) = data.load(f"torchvision:MNIST:{tmp_path}", models.load(f"{net}:pair"), data.Wanted())
+    assert (x.shape, y.tolist()) == ((3, 3, 8, 8), [7, 2, 1])
+    assert torch.equal(x[0], x[2])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_folder_is_read_by_the_datasets_library(net, tmp_path, monkeypatch):
+    pytest.importorskip("datasets", reason="the datasets library is not installed")
+    image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for kind in ("cat", "dog"):
+        folder = tmp_path / "pets" / "test" / kind
+        folder.mkdir(parents=True)
+        image.new("RGB", (9, 9), "white").save(folder / "1.png")
+    ((x, y),) = data.load(f"hf:{tmp_path / 'pets'}", models.load(f"{net}:pair"), data.Wanted())
+    assert (x.shape, y.tolist()) == ((2, 3, 8, 8), [0, 1])
+
+
 def test_datasets_of_hugging_face_are_read(net, monkeypatch):
     image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
     rows = {"good": [{"img": image.new("RGB", (9, 9)), "label": 4}], "text": [{"text": "a"}]}
