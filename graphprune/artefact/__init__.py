@@ -134,7 +134,7 @@ def load(
         directory: what was passed to `save`.
         model: the original model with any weights, or a function that makes it: what comes back is a copy of it with
             the smaller sizes. Its tensors may be on the meta device. Without one, a graph module comes back, in which
-            objects among the outputs are dicts.
+            objects among the outputs, such as caches, are dicts of what holds tensors in them, nested as they were.
         weights: "saved", or those of "model", of which what the plan keeps is taken: another checkpoint, or one that
             was trained further.
         device: where the weights are put.

@@ -23,7 +23,8 @@ Functions = dict[str, dict[str, Any]]
 def from_graph(module: fx.GraphModule) -> tuple[Functions, dict[str, str]]:
     """The graph of a module as data: its forward under "", and the functions that some of its ops run.
 
-    What the forward returns loses its classes: an object with named fields becomes a dict.
+    What the forward returns loses its classes: an object becomes a dict of what holds tensors in it, by name, or a
+    list where its class has no names for that.
 
     Returns:
         The functions, and per step of the forward the path of the module whose code it comes from.
@@ -74,9 +75,7 @@ class _Reader:
                     self.steps.append([_safe(node.name), where])
 
     def _returned(self, returned: Any, spec: pytree.TreeSpec | None) -> Any:
-        if spec is None:
-            return self._value(returned)
-        return _plain(pytree.tree_unflatten([_Leaf(self._value(r)) for r in returned], spec))
+        return self._value(returned) if spec is None else _plain(spec, map(self._value, returned))
 
     def _step(self, node: fx.Node) -> Any:
         if node.op == "get_attr":
@@ -165,28 +164,32 @@ def _leaves(argument: Any, where: Any) -> Iterator[tuple[fx.Node, Any]]:
         raise ArtefactError(f"a {type(argument).__name__} among the arguments has no form as data")
 
 
-class _Leaf:
-    """Marks a leaf of an output, as leaves are data themselves."""
+def _plain(spec: pytree.TreeSpec, leaves: Iterator[Any]) -> Any:
+    """An output without its classes: what an object holds goes under its own names, in a list where there are none.
 
-    def __init__(self, value: Any) -> None:
-        self.value = value
+    It is read off the description of the output. The objects themselves could not be asked: what makes them again may
+    compute with their tensors, and what takes them apart may pass over all that are none.
+    """
+    if spec.is_leaf():
+        return next(leaves)
+    children = [_plain(child, leaves) for child in spec.children()]
+    if spec.type in (tuple, list):
+        return children if spec.type is list else {"tuple": children}
+    names = _names(spec)
+    return children if names is None else {"dict": [[n, c] for n, c in zip(names, children, strict=True)]}
 
 
-def _plain(held: Any) -> Any:
-    """An output without its classes."""
-    if isinstance(held, _Leaf):
-        return held.value
-    if type(held) in (tuple, list):
-        items = [_plain(h) for h in held]
-        return items if isinstance(held, list) else {"tuple": items}
-    if held is None:
+def _names(spec: pytree.TreeSpec) -> list[str | int] | None:
+    """What the children of an object are called; None where its class does not say or gives a name twice."""
+    children = [torch.empty(0) for _ in spec.children()]
+    try:
+        kind = pytree.SUPPORTED_NODES[spec.type]
+        given = kind.flatten_with_keys_fn(kind.unflatten_fn(children, spec.context))[0]  # type: ignore[misc]
+    except Exception:  # code of the class, which may want other children than these or have no names for them
         return None
-    children, _ = pytree.SUPPORTED_NODES[_kind(held)].flatten_with_keys_fn(held)  # type: ignore[misc]
-    return {"dict": [[_key(key), _plain(child)] for key, child in children]}
-
-
-def _kind(held: Any) -> Any:
-    return pytree._get_node_type(held)
+    found = {id(child): _key(key) for key, child in given}
+    names = [found[id(child)] for child in children if id(child) in found]
+    return names if len(set(names)) == len(given) == len(children) else None
 
 
 def _key(key: Any) -> str | int:

@@ -208,6 +208,14 @@ def test_an_object_that_torch_cannot_store_is_an_error_and_leaving_it_out_helps(
     assert gp.export(Cached(), tmp_path / "net.pt2", (X, False), format="torch_export").error == 0
 
 
+def test_python_has_such_an_object_as_plain_containers(tmp_path):
+    done = gp.export(Cached(), tmp_path / "net", X, format="python")
+    y, cache = python_format.imported(tmp_path / "net")(X)
+    assert done.error == 0
+    assert isinstance(cache, list)
+    assert torch.equal(y, cache[0])
+
+
 def test_places_that_hold_something_else_are_left_alone(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -155,6 +156,82 @@ def test_objects_among_the_outputs_are_dicts_of_a_graph_module(tmp_path):
     out = gp.load(tmp_path)(inputs)
     assert list(out) == ["logits", "hidden"]
     assert out["hidden"][1] is None
+
+
+class Layer:
+    """Holds tensors beside what is none; pytree does not know it."""
+
+    def __init__(self, keys, values):
+        self.keys, self.filled, self.values = keys, True, values
+
+
+class Nameless:
+    """Known to pytree, with no names for what it holds; takes tensors that have a width only."""
+
+    def __init__(self, *held):
+        self.held = [tensor[..., :99] for tensor in held]
+
+
+torch.utils._pytree.register_pytree_node(Nameless, lambda n: (n.held, None), lambda held, _: Nameless(*held))
+
+
+class Pair(NamedTuple):
+    first: torch.Tensor
+    second: torch.Tensor
+
+
+class Keeping(nn.Module):
+    """Returns objects of all kinds, nested in each other."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(3, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        h = F.relu(self.up(x))
+        y = self.down(h)
+        layers = {"layers": [Layer(y + 1, y + 2), Layer(y + 3, (y + 4, None))]}
+        return {"y": y, "cache": layers, "pair": Pair(y + 5, Nameless(y + 6, y + 7)), "keys": {1: y + 8, "1": y + 9}}
+
+
+def test_nothing_that_objects_among_the_outputs_hold_is_lost(tmp_path):
+    torch.manual_seed(0)
+    x = torch.rand(2, 3)
+    result = gp.prune(Keeping().eval(), x, target=HALF)
+    gp.save(result, tmp_path)
+    out = gp.load(tmp_path)(x)
+    assert same(result.model, gp.load(tmp_path), x)
+    first, second = out["cache"]["layers"]
+    assert list(first) == ["keys", "values"]
+    assert second["values"][1] is None
+    assert list(out["pair"]) == ["first", "second"]
+    assert isinstance(out["pair"]["second"], list)
+    assert list(out["keys"]) == [1, "1"]
+    leaves = [out["y"], *first.values(), second["keys"], second["values"][0], out["pair"]["first"]]
+    leaves += [*out["pair"]["second"], *out["keys"].values()]
+    assert all(torch.allclose(leaf, out["y"] + i) for i, leaf in enumerate(leaves))
+    assert len(leaves) == 10
+
+
+def pruned_llama():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "vocab_size": 31, "head_dim": 4}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=6, num_key_value_heads=3, use_cache=True)
+    model = randomised(transformers.AutoModelForCausalLM.from_config(config)).eval()
+    tokens = {"input_ids": torch.tensor([[1, 2, 3, 4]])}
+    return gp.prune(model, tokens, target=HALF), tokens
+
+
+def test_the_cache_of_a_language_model_is_there_without_its_class(tmp_path):
+    result, tokens = pruned_llama()
+    gp.save(result, tmp_path)
+    want = result.model(**tokens).past_key_values.layers
+    got = gp.load(tmp_path)(**tokens)["past_key_values"]["layers"]
+    assert len(got) == len(want) == 2
+    for mine, theirs in zip(got, want, strict=True):
+        assert torch.equal(mine["keys"], theirs.keys)
+        assert torch.equal(mine["values"], theirs.values)
+        assert mine["keys"].shape == (1, 2, 4, 2)  # 2 of 3 heads, 2 of 4 channels
 
 
 def test_what_is_tied_stays_tied_and_what_is_frozen_frozen(tmp_path):
