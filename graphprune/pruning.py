@@ -273,4 +273,4 @@ def emit_verified(
         reason = f"{what} not verify: {error}".splitlines()[0]
     rewritten = rewrite(model, inputs, coupling, plan, emit="graph")
     verification = bench.compare(rewritten.model)
-    return Rewritten(rewritten.model, "graph", "; ".join(filter(None, (reason, rewritten.reason)))), verification
+    return Rewritten(rewritten.model, "graph", "; ".join(filter(None, (rewritten.reason, reason)))), verification

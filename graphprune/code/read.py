@@ -177,10 +177,11 @@ def _unary(node: ast.UnaryOp) -> Any:
 def _compared(node: ast.Compare) -> Any:
     """Comparisons, chained ones taken apart: their operands are sizes, which may be read twice."""
     operands = [_read(o) for o in (node.left, *node.comparators)]
-    names = [_OPERATORS.get(type(o)) for o in node.ops]
+    names = ["is" if isinstance(o, ast.IsNot) else _OPERATORS.get(type(o)) for o in node.ops]
     if None in names:
         return None
     parts = [call(str(n), operands[i], operands[i + 1]) for i, n in enumerate(names)]
+    parts = [call("not", p) if isinstance(o, ast.IsNot) else p for p, o in zip(parts, node.ops, strict=True)]
     return _joined("both", parts)
 
 

@@ -67,7 +67,8 @@ class Report:
         unused: parameters and buffers that the traced forward does not read.
         traced: "recorded", or "exported" and why, if recording was tried.
         emitter: "module", "graft" or "graph".
-        reason: why the emitters before it were passed over; empty if it was the first.
+        reason: what is limited about it, and why the emitters before it were passed over; empty if nothing. Printed
+            reports have the beginning of it, in one line.
         grafts: paths of the modules whose forward comes from the trace.
         verification: what the comparison with the zeroed original found before any repair; None if switched off.
         repair: what repair did and was worth; None if none was asked for.

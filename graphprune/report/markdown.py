@@ -45,7 +45,7 @@ def facts(report: Report) -> list[tuple[str, str]]:
         found.append(("trained", str(report.training)))
     found += [("whole", line) for line in text.stuck(report)]
     found.append(("traced", report.traced))
-    found.append(("emitted", report.emitter + (f" because {report.reason}" if report.reason else "")))
+    found.append(("emitted", text.emitted(report)))
     if report.grafts:
         found.append(("grafted", text.grafted(report)))
     found.append(("verified", text.verified(report)))

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 BRIEF = 0.01
 """Layers without multiply-adds are shown one by one where they take at least this part of the time."""
+LONGEST = 300
+"""How many characters of a reason are shown; what torch says of a module it cannot trace goes on for lines."""
 
 
 def summary(report: Report) -> str:
@@ -33,7 +35,7 @@ def summary(report: Report) -> str:
         lines.append(f"  trained   {report.training}")
     lines.extend(f"  whole     {line}" for line in stuck(report))
     lines.append(f"  traced    {report.traced}")
-    lines.append(f"  emitted   {report.emitter}" + (f" because {report.reason}" if report.reason else ""))
+    lines.append(f"  emitted   {emitted(report)}")
     if report.grafts:
         lines.append(f"  grafted   {grafted(report)}")
     lines.append(f"  verified  {verified(report)}")
@@ -129,6 +131,16 @@ def stuck(report: Report) -> list[str]:
     by = Counter(w.whole for w in report.groups if w.whole)
     first = {w.whole: w.name for w in reversed(report.groups)}
     return [f"{n} groups are none any more, such as {first[why]}: {why}" for why, n in by.items()]
+
+
+def emitted(report: Report) -> str:
+    """How the smaller module was made and why so, in one line; `report.reason` has all of it."""
+    if not report.reason:
+        return report.emitter
+    said = report.reason.splitlines()[0]
+    if len(said) > LONGEST:
+        said = said[:LONGEST].rpartition(" ")[0] or said[:LONGEST]
+    return f"{report.emitter} because {said}" + (" ..." if said != report.reason else "")
 
 
 def grafted(report: Report) -> str:

@@ -29,7 +29,7 @@ class Rewritten:
     Attributes:
         model: the module.
         emitter: "module" (same class), "graft" (same class, some modules with a forward from the trace) or "graph".
-        reason: why the emitters before it were passed over, and what is limited about this one; empty if nothing.
+        reason: what is limited about it, and why the emitters before it were passed over; empty if nothing.
         grafts: paths of the grafted modules.
         changes: the ints that its modules keep and that differ from the original's; none of a graph module.
     """
@@ -90,7 +90,7 @@ def rewrite(
             if emit == "graft":
                 raise RewriteError(f"{reasons[0]}\nuse emit='auto' or emit='graph'") from error
     small, limits = emit_graph(model, inputs, coupling, plan)
-    return Rewritten(small, "graph", "; ".join(filter(None, (*reasons, limits))))
+    return Rewritten(small, "graph", "; ".join(filter(None, (limits, *reasons))))
 
 
 def _check_distinct(coupling: Coupling, plan: Plan) -> None:

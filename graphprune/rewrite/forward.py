@@ -87,7 +87,7 @@ def forward_of(parts: Parts, path: str, call: Call, coupling: Coupling, plan: Pl
     if any(isinstance(m, fx.GraphModule) for m in graph_module.children()):
         raise RewriteError(f"{path} has regions, such as autocast, that cannot be written as one function")
     Writer(part, plan, parts.model, training=module.training).rewrite(graph_module, "")
-    held = [*_fixed_conditions(part, plan, call, path), *conditions]
+    held = [*_given(module, call, path), *_fixed_conditions(part, plan, call, path), *conditions]
     return Forward(_source(signature, graph_module, call, path, held), _constants(module, part, plan))
 
 
@@ -107,6 +107,8 @@ def _part(coupling: Coupling, program: Program, call: Call, path: str) -> Coupli
             if wholes[-1][0] in dims:
                 dims[own.outputs[0]] = dims[wholes[-1][0]]
             continue
+        if len(own.values()) != len(other.values()):
+            raise RewriteError(f"{path} hands other arguments to {own.op} on its own than inside the model")
         for mine, theirs in zip((*own.values(), *own.outputs), (*other.values(), *other.outputs), strict=True):
             if met.setdefault(mine, theirs) is not theirs and mine.kind in ("parameter", "buffer"):
                 raise RewriteError(f"{path} uses {mine.target} in another way on its own than in the model")
@@ -181,12 +183,17 @@ def _fixed(size: Any) -> Any:
 
 
 def _openable(part: Coupling, call: Call) -> OpenDims:
-    """Which sizes may be left open: those that follow the batch, and those that no tensor of the state shares."""
+    """Which sizes may be left open: those that follow the batch, and those that no tensor of the state shares.
+
+    A tensor that no op reads shares none: whether its sizes are read, such as for the length of a sequence, the
+    exporter finds out.
+    """
     state = {leaf for v in part.program.state for axis in part.dims.get(v, ()) for leaf in part.axes.leaves(axis)}
     found = []
     for value, dims in zip(part.program.inputs, call.open_dims, strict=True):
-        axes = part.dims.get(value, ())
-        free = [d for d, axis in enumerate(axes) if axis.size > 1 and not state & set(part.axes.leaves(axis))]
+        axes = part.dims.get(value)
+        taken = [bool(state & set(part.axes.leaves(axis))) for axis in axes or ()] or [False] * len(value.shape)
+        free = [d for d, size in enumerate(value.shape) if size > 1 and not taken[d]]
         found.append(tuple(sorted({*dims, *free})))
     return found
 
@@ -198,9 +205,10 @@ def _conditions(part: Coupling, call: Call, path: str) -> list[str]:
         RewriteError: there are too many to be read or checked at every call.
     """
     sizes = dict(zip(_tensor_expressions(call, path), _sizes(part.program), strict=True))
+    keywords = dict(zip(call.arguments.kwargs, call.names[len(call.arguments.args) :], strict=True))
     found = []
     for guard in part.program.source._guards_code:
-        text = re.sub(r"L\['(\w+)'\]", r"\1", guard)
+        text = re.sub(r"L\['(\w+)'\]", lambda match: keywords.get(match[1], match[1]), guard)
         mentioned = [(e, int(d)) for e, d in re.findall(r"([\w\[\]'.]+)\.size\(\)\[(\d+)\]", text)]
         if not all(e in sizes for e, _ in mentioned):
             raise RewriteError(f"{path} depends on its arguments in a way that cannot be written as source: {guard}")
@@ -213,6 +221,14 @@ def _conditions(part: Coupling, call: Call, path: str) -> list[str]:
     if len(found) > MANY or any(len(text) > LONG for text in found):
         raise RewriteError(f"{path} holds only under {len(found)} conditions on the sizes of its inputs")
     return found
+
+
+def _given(module: nn.Module, call: Call, path: str) -> Iterator[str]:
+    """Expressions for the tensors that another call may leave out."""
+    parameters = inspect.signature(module.forward).parameters
+    for name in _tensor_expressions(call, path):
+        if name in parameters and parameters[name].default is None:
+            yield f"{name} is not None"
 
 
 def _fixed_conditions(part: Coupling, plan: Plan, call: Call, path: str) -> Iterator[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import io
 import math
 import operator
@@ -51,7 +52,8 @@ def _export(model: nn.Module, inputs: Inputs, open_dims: OpenDims) -> torch.expo
         shapes = _dynamic_shapes(inputs, open_dims) if open_dims else None
         with warnings.catch_warnings(), _without_half_a_graph():
             warnings.simplefilter("ignore")
-            return torch.export.export(model, inputs.args, dict(inputs.kwargs), dynamic_shapes=shapes, strict=False)
+            with _keywords_spelt_out(model, inputs):
+                return torch.export.export(model, inputs.args, dict(inputs.kwargs), dynamic_shapes=shapes, strict=False)
 
     try:
         return attempt()
@@ -80,6 +82,30 @@ def _without_half_a_graph() -> Iterator[None]:
         raise
     finally:
         sys.stderr.write(printed.getvalue().replace(half, "") if half.strip() else printed.getvalue())
+
+
+@contextlib.contextmanager
+def _keywords_spelt_out(model: nn.Module, inputs: Inputs) -> Iterator[None]:
+    """A signature that names what is passed in `**kwargs`: the exporter takes no open sizes beside it otherwise."""
+    parameters = inspect.signature(model.forward).parameters
+    given = [name for name in inputs.kwargs if name not in parameters]
+    rest = [p for p in parameters.values() if p.kind is not p.VAR_KEYWORD]
+    if not given or len(rest) == len(parameters):
+        yield
+        return
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return own(*args, **kwargs)
+
+    own, before = model.forward, {n: held for n, held in vars(model).items() if n == "forward"}
+    named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in given]
+    forward.__signature__ = inspect.Signature([*rest, *named])  # type: ignore[attr-defined]
+    vars(model)["forward"] = forward
+    try:
+        yield
+    finally:
+        del vars(model)["forward"]
+        vars(model).update(before)
 
 
 def _run_apart(model: nn.Module, inputs: Inputs) -> Any:

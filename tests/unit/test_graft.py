@@ -176,6 +176,72 @@ def test_masks_and_nested_arguments_and_results_pass_through():
     assert "extra['by'][0]" in source_of(result.model.blocks[0].attention)
 
 
+class Passing(nn.Module):
+    """Hands its block a mask where it is traced, and as it was told otherwise; the rest by keyword."""
+
+    def __init__(self, attention: nn.Module, *, masked: bool = True) -> None:
+        super().__init__()
+        self.masked, self.stem, self.attention = masked, nn.Linear(5, 24), attention
+
+    def forward(self, x):
+        n = x.shape[1]
+        mask = torch.ones(n, n, dtype=x.dtype) if self.masked or torch.compiler.is_exporting() else None
+        return self.attention(self.stem(x), mask, places=torch.arange(n).expand(len(x), n), scaled=x[..., :1], to=None)
+
+
+class Keyed(Attention):
+    def forward(self, x, mask=None, **kwargs):
+        return super().forward(x, mask=mask) * kwargs["scaled"]
+
+
+class Fused(Attention):
+    def forward(self, x, mask=None, **kwargs):
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, mask, scale=self.scale)
+        return self.proj(y.transpose(1, 2).reshape(b, n, c))
+
+
+def test_what_a_module_takes_by_keyword_passes_through_at_any_length():
+    torch.manual_seed(0)
+    model = randomised(Passing(Keyed())).eval()
+    before = set(vars(model.attention))
+    result = half(model, torch.rand(2, 9, 5))
+    assert result.report.grafts == ("attention",)
+    assert result.report.verification.error < 1e-9
+    assert set(vars(model.attention)) == before
+    for shape in [(3, 7, 5), (1, 2, 5), (2, 11, 5)]:
+        inputs = gp.Inputs((torch.rand(*shape),))
+        want = run_zeroed(model, result.plan, inputs)
+        assert difference(run(result.model, inputs), want) < 1e-5
+        assert difference(want, run(model, inputs)) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("inner", "why"),
+    [
+        (Keyed, "attention is traced to other ops on its own than inside the model: softmax, add"),
+        (Fused, "attention hands other arguments to scaled_dot_product_attention on its own than inside the model"),
+    ],
+)
+def test_a_run_that_hands_a_module_other_arguments_than_the_trace_has_no_graft(inner, why):
+    torch.manual_seed(0)
+    model, x = randomised(Passing(inner(), masked=False)).eval(), torch.rand(2, 9, 5)
+    coupling = gp.couple(gp.trace(model, x, front_end="export"))
+    plan = gp.Plan.of(coupling, {g.name: range(g.size // 2) for g in coupling.groups})
+    with pytest.raises(gp.RewriteError, match=why):
+        gp.rewrite(model, x, coupling, plan, emit="graft")
+
+
+def test_a_mask_that_a_graft_was_traced_with_and_is_not_given_is_named():
+    torch.manual_seed(0)
+    model = randomised(Passing(Keyed())).eval()
+    small = half(model, torch.rand(2, 9, 5)).model
+    small.masked = False
+    with pytest.raises(AssertionError, match="attention was traced for mask is not None, "):
+        small(torch.rand(2, 9, 5))
+
+
 class Odd(Attention):
     """What one function of tensors cannot say."""
 

@@ -537,6 +537,24 @@ def test_markdown_counts_what_it_does_not_list(result):
     assert "`g200`" not in page
 
 
+@pytest.mark.parametrize(
+    ("reason", "shown"),
+    [
+        ("", "graph"),
+        ("the class does not fit", "graph because the class does not fit"),
+        ("it stops: some error\nadvice that goes\non; and on", "graph because it stops: some error ..."),
+        ("a word " * 50, "graph because " + "a word " * 42 + "a ..."),  # 294 characters and one more word
+        ("x" * 400, "graph because " + "x" * 300 + " ..."),
+    ],
+)
+def test_a_reason_is_shown_in_one_line_and_kept_whole(result, reason, shown):
+    report = replace(result.report, emitter="graph", reason=reason)
+    assert f"\n  emitted   {shown}\n" in str(report)
+    assert shown in report.to_markdown()
+    assert shown in report.to_html()
+    assert Report.from_json(report.to_json()).reason == reason
+
+
 def test_every_form_says_what_was_not_proved_or_not_done(result):
     report = replace(full(result.report), verification=None)
     for page in (str(report), report.to_markdown(), report.to_html()):

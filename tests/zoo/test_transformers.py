@@ -117,6 +117,22 @@ def test_a_pruned_model_works_with_masks_and_attention_that_it_was_not_traced_wi
             assert (got - want).abs().max() < 1e-4 * want.abs().max()
 
 
+def test_attention_without_a_cache_gets_a_graft_where_the_dims_of_queries_and_values_differ():
+    model, inputs = built("llama_eager")
+    inputs = {**inputs, "use_cache": False}
+    result = gp.prune(model, inputs, target=gp.Target(channels={"*v_proj*": 0.5}))
+    assert result.report.grafts == ("model.layers.0.self_attn", "model.layers.1.self_attn")
+    heads = result.model.model.layers[0].self_attn
+    assert heads.v_proj.out_features < heads.k_proj.out_features
+    zeroed = zeroed_by_hand(model, result.plan)
+    other = {**tokens(5, mask=True), "use_cache": False}  # a length it was not traced with
+    with torch.no_grad():
+        want, got = zeroed(**other).logits, result.model(**other).logits
+    assert (got - want).abs().max() < 1e-4 * want.abs().max()
+    with pytest.raises(AssertionError, match=r"self_attn was traced for .* past_key_values is None"):
+        result.model(**{**inputs, "use_cache": True})
+
+
 def test_the_cache_of_a_pruned_model_is_as_narrow_as_its_heads():
     _, result = pruned("llama")
     cache = result.model(**tokens(5)).past_key_values
