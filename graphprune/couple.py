@@ -12,7 +12,7 @@ from torch import nn
 from graphprune.axes import Atom, Axes, Axis, Pin, Sum
 from graphprune.collector import paused
 from graphprune.coupling import Coupling, Exactness, Group, Member, Members, PinnedAxis, Unknown
-from graphprune.errors import InputError, RuleError, TraceError, UnknownName, UnsupportedOp, nearest
+from graphprune.errors import InputError, RuleError, TraceError, UnknownName, UnsupportedOp, counted, nearest
 from graphprune.program import MAYBE_VIEWS, Node, Program, Value
 from graphprune.rules import RULES, Applied, Call, Dims, Rule, find, left
 from graphprune.trace import Inputs, trace
@@ -389,7 +389,7 @@ def _outputs(rule: Rule | None, call: Call) -> list[Dims]:
 def _unsupported(unknown: Mapping[str, tuple[str, list[Node]]]) -> str:
     lines = []
     for name, (why, nodes) in unknown.items():
-        lines.append(f"{why} for {name} ({len(nodes)} nodes)" if why == "no rule" else f"{name}: {why}")
+        lines.append(f"{why} for {name} ({counted(len(nodes), 'node')})" if why == "no rule" else f"{name}: {why}")
         lines.extend(f"  at {node}" for node in nodes[:4])
         rank = len(nodes[0].outputs[0].shape) if nodes[0].outputs else 0
         dims = " ".join(f"{c}!" for c in "bcxyzuvw"[:rank])

@@ -12,7 +12,7 @@ import networkx as nx
 import numpy as np
 
 from graphprune.axes import Atom, Axes, Mask
-from graphprune.errors import UnknownName, nearest
+from graphprune.errors import UnknownName, counted, nearest
 from graphprune.program import Node, Program, Value
 from graphprune.rules import Applied, Dims
 from graphprune.rules.call import operand_values
@@ -286,7 +286,7 @@ class Coupling:
         for p in self.pinned:
             lines.append(f"  {p.name} ({p.size}): {p.reason}" + (f", at {p.where}" if p.where else ""))
         for u in self.unknown:
-            lines.append(f"no rule for {u.op} ({len(u.nodes)} nodes): {u.why}")
+            lines.append(f"no rule for {u.op} ({counted(len(u.nodes), 'node')}): {u.why}")
         return "\n".join(lines)
 
 

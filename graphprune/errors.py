@@ -62,6 +62,11 @@ class VerificationError(GraphpruneError):
     """The pruned model does not compute what the zeroed original computes."""
 
 
+def counted(number: int, one: str, more: str = "") -> str:
+    """A number with the noun it counts; `more` is what the noun becomes where an s does not do."""
+    return f"{number} {one if number == 1 else more or one + 's'}"
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """A sentence naming the real names closest to `name`, empty when nothing is close."""
     close = difflib.get_close_matches(name, list(known), n=count, cutoff=0.4)

@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 import torch
 
+from graphprune.errors import counted
+
 Kind = Literal["parameter", "buffer", "constant", "input", "node"]
 
 
@@ -169,7 +171,7 @@ class Program:
 
     def __str__(self) -> str:
         count = len(self.parameters)
-        return f"Program of {self.model_class}: {len(self.nodes)} nodes, {count} parameters"
+        return f"Program of {self.model_class}: {counted(len(self.nodes), 'node')}, {counted(count, 'parameter')}"
 
 
 _LIBRARY = ("/torch/nn/", "/torch/_", "/torch/utils/", "/torch/export/", "/torch/fx/", "/torch/functional.py")

@@ -17,7 +17,7 @@ from graphprune.allocate.target import Target
 from graphprune.cost import COSTS, Costs
 from graphprune.cost.polynomial import Vector
 from graphprune.coupling import Coupling
-from graphprune.errors import InputError, TargetError, UnknownName, nearest
+from graphprune.errors import InputError, TargetError, UnknownName, counted, nearest
 from graphprune.importance import Order
 
 Widths = npt.NDArray[np.intp]
@@ -290,7 +290,8 @@ def _blocked(
             values = ", ".join(f"{name} {freed[name]:.4f}" for name in least)
             lines.append(f"  without {limit}={getattr(target, limit)!r}: {values}")
     stay = len(problem.whole) - sum(len(unit.groups) for unit in problem.units)
+    pinned = counted(len(problem.coupling.pinned), "pinned axis", "pinned axes")
     return "\n".join(lines) + (
-        f"\n{stay} of {len(problem.whole)} groups and {len(problem.coupling.pinned)} pinned axes stay whole; ask for "
+        f"\n{stay} of {counted(len(problem.whole), 'group')} and {pinned} stay whole; ask for "
         "at least what is left, lift a limit, or unpin more axes (print(coupling) lists them with their causes)"
     )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from graphprune.errors import CalibrationError, InputError
+from graphprune.errors import CalibrationError, InputError, counted
 from graphprune.trace import Inputs, register
 
 Loss = Callable[..., torch.Tensor]
@@ -69,8 +69,8 @@ def _batch(given: Any, arguments: int, number: int) -> Batch:
             return Batch(Inputs.of(given[0]), given[1])
         if len(given) < arguments:
             raise CalibrationError(
-                f"batch {number} has {len(given)} parts, but the model was traced with {arguments} inputs; "
-                "a batch is the model's inputs in order, then the targets"
+                f"batch {number} has {counted(len(given), 'part')}, but the model was traced with "
+                f"{counted(arguments, 'input')}; a batch is the model's inputs in order, then the targets"
             )
         rest = given[arguments:]
         return Batch(Inputs(tuple(given[:arguments])), rest[0] if len(rest) == 1 else tuple(rest) or None)

@@ -21,7 +21,7 @@ from graphprune.cli.output import as_json, doing, explained, show, table, told
 from graphprune.cli.root import app, examples
 from graphprune.cost import COSTS
 from graphprune.couple import couple
-from graphprune.errors import ArtefactError, GraphpruneError, InputError, VerificationError
+from graphprune.errors import ArtefactError, GraphpruneError, InputError, VerificationError, counted
 from graphprune.plan import Plan
 from graphprune.recover.quality import qualities
 from graphprune.report import Report
@@ -62,7 +62,8 @@ def verify(
         as_json({"equal": True, **dataclasses.asdict(found)})
         return
     show(
-        f"equal to the zeroed original: relative error {found.error:.1e} in {found.precision} on {found.inputs} inputs"
+        f"equal to the zeroed original: relative error {found.error:.1e} in {found.precision} "
+        f"on {counted(found.inputs, 'input')}"
     )
     show(f"zeroing itself moved the output by {found.effect:.1e}")
 

@@ -14,6 +14,7 @@ from graphprune.cli.root import app, examples
 from graphprune.cost import COSTS
 from graphprune.couple import couple
 from graphprune.coupling import Coupling
+from graphprune.errors import counted
 from graphprune.files import write_whole
 from graphprune.sensitivity import sensitivity as scan
 from graphprune.trace import trace
@@ -76,7 +77,7 @@ def inspect(
             [(reason, str(n), _brief(first[reason])) for reason, n in causes.most_common()],
         )
     for u in found.unknown:
-        show(f"\nno rule for {u.op} ({len(u.nodes)} nodes, first at {u.nodes[0]}): {u.why}")
+        show(f"\nno rule for {u.op} ({counted(len(u.nodes), 'node')}, first at {u.nodes[0]}): {u.why}")
 
 
 def _brief(name: str, most: int = 28) -> str:
@@ -157,7 +158,7 @@ def sensitivity(
     if json:
         typer.echo(measured.to_json())
         return
-    show(f"loss {measured.loss:.4g} on {measured.samples} samples; by how much it rises at each width")
+    show(f"loss {measured.loss:.4g} on {counted(measured.samples, 'sample')}; by how much it rises at each width")
     rows = [
         (name, str(curve.size), "  ".join(f"{w}: {i:+.4f}" for w, i in zip(curve.widths, curve.increases, strict=True)))
         for name, curve in measured.worst_first()

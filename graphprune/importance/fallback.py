@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from graphprune.coupling import Coupling
-from graphprune.errors import CriterionError
+from graphprune.errors import CriterionError, counted
 from graphprune.importance.protocol import Importance, Order, Scores
 
 
@@ -46,8 +46,8 @@ def complete(scores: Scores, model: nn.Module, coupling: Coupling, otherwise: Im
         return scores
     if otherwise is None:
         raise CriterionError(
-            f"{why} {len(missing)} of {len(coupling.groups)} groups: {listed(missing)}; name a criterion for them, "
-            "such as otherwise=graphprune.importance.Magnitude()"
+            f"{why} {len(missing)} of {counted(len(coupling.groups), 'group')}: {listed(missing)}; name a criterion "
+            "for them, such as otherwise=graphprune.importance.Magnitude()"
         )
     others = otherwise(model, coupling)
     added = {name: others[name] for name in missing if name in others}

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from graphprune.calibrate import Batch, Loss, read
-from graphprune.errors import InputError, TrainingError
+from graphprune.errors import InputError, TrainingError, counted
 from graphprune.files import fingerprint
 from graphprune.recover.checkpoints import Checkpoint, Generators, copied, finite, put_back, weights
 from graphprune.recover.distill import Distillation, evaluating
@@ -228,7 +228,7 @@ class Fit:
         """
         spoilt = next(finite(self.model), None)
         if spoilt is not None:
-            raise TrainingError(f"{spoilt} holds NaN or infinity after {self.step} steps")
+            raise TrainingError(f"{spoilt} holds NaN or infinity after {counted(self.step, 'step')}")
         state = self._state()
         self.checkpoint.write(state)
         self.saved = state

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from html import escape
 from typing import TYPE_CHECKING
 
+from graphprune.errors import counted
 from graphprune.report import text
 from graphprune.report.plots import PANELS
 from graphprune.sensitivity import Sensitivity
@@ -107,8 +108,9 @@ def sensitivity(scan: Sensitivity) -> str:
         ticks += f'<text x="{_LEFT - 6}" y="{height}" text-anchor="end" dy="4">{y:.3g}</text>'
         ticks += f'<line x1="{_LEFT}" x2="{_WIDE - 10}" y1="{height}" y2="{height}"/>'
     return (
-        f'<p class="note">By how much the loss, {scan.loss:.4g} on {scan.samples} samples, rises where one group alone '
-        f'keeps a fraction of its channels; the steepest of {len(curves)} are named.</p><div class="curves">'
+        f'<p class="note">By how much the loss, {scan.loss:.4g} on {counted(scan.samples, "sample")}, rises where '
+        f"one group alone keeps a fraction of its channels; the steepest of {len(curves)} are named.</p>"
+        '<div class="curves">'
         f'<svg viewBox="0 0 {_WIDE} {_HIGH}" role="img" aria-label="sensitivity">{ticks}'
         f'<text x="{(_WIDE + _LEFT) / 2}" y="{_HIGH - 2}" text-anchor="middle">fraction kept</text>'
         f"{''.join(parts)}</svg>"
@@ -140,7 +142,7 @@ def training(history: History) -> str:
             _panel(name, f'{drawn}<polyline points="{" ".join(middle)}"/>', f"{high:.2g}", f"{low:.1g}", history)
         )
     left = len(history.groups) - PANELS
-    more = f" {left} more groups are not drawn." if left > 0 else ""
+    more = f" {counted(left, 'more group')} {'is' if left == 1 else 'are'} not drawn." if left > 0 else ""
     return (
         f'<p class="note">Sizes of the channels that {escape(history.penalty)} shrank, over the steps of training, '
         "on a logarithmic scale: from the smallest to the largest, from 10 to 90 % of the channels, and the median. "

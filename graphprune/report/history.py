@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from graphprune.errors import counted
 from graphprune.report import plots
 
 BELOW = 0.1
@@ -59,4 +60,5 @@ class History:
 
     def __str__(self) -> str:
         first, last = self.near_zero[0], self.near_zero[-1]
-        return f"with {self.penalty} for {self.steps[-1]} steps: {first:.2f} -> {last:.2f} of the channels near zero"
+        trained = f"with {self.penalty} for {counted(self.steps[-1], 'step')}"
+        return f"{trained}: {first:.2f} -> {last:.2f} of the channels near zero"

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from graphprune.errors import counted
 from graphprune.report import text
 from graphprune.report.records import Change
 
@@ -58,7 +59,7 @@ def facts(report: Report) -> list[tuple[str, str]]:
     if report.unused:
         found.append(("not read", text.not_read(report)))
     return found + [
-        ("no rule", f"{u.op}, {len(u.nodes)} nodes, first at {u.nodes[0]}: {u.why}") for u in report.unknown
+        ("no rule", f"{u.op}, {counted(len(u.nodes), 'node')}, first at {u.nodes[0]}: {u.why}") for u in report.unknown
     ]
 
 
@@ -130,5 +131,5 @@ def _sensitivity(report: Report) -> str:
         )
         for name, curve in scan.worst_first()
     ]
-    head = f"By how much the loss, {scan.loss:.4g} on {scan.samples} samples, rises at each width.\n\n"
+    head = f"By how much the loss, {scan.loss:.4g} on {counted(scan.samples, 'sample')}, rises at each width.\n\n"
     return head + _table(("group", "channels", "rise of the loss"), rows)

@@ -69,11 +69,15 @@ function members(slots, count) {
   return list;
 }
 
+function counted(number, one) {
+  return `${number} ${one}${number === 1 ? "" : "s"}`;
+}
+
 function told(axis) {
   if (axis >= data.groups.length) {
     const [name, size, count, reason, where] = data.pinned[axis - data.groups.length];
     const at = where ? [make("p", { class: "n" }, `at ${where}`)] : [];
-    return [make("h2", null, name), make("p", null, `${size} channels in ${count} places stay: ${reason}`), ...at];
+    return [make("h2", null, name), make("p", null, `${size} channels in ${counted(count, "place")} stay: ${reason}`), ...at];
   }
   const [name, before, after, count, exactness, cause, criterion, whole, scores, slots] = data.groups[axis];
   const by = criterion || data.importance;
@@ -86,7 +90,7 @@ function told(axis) {
     parts.push(make("h3", null, `Scores${by ? ` by ${by}` : ""}`), ...histogram(scores));
     parts.push(make("p", { class: "n" }, make("i", { class: "key kept" }), `${after} kept`, make("i", { class: "key gone" }), `${before - after} removed`, scores[4] === null ? "" : `, cut at ${rounded(scores[4])}`));
   }
-  parts.push(make("h3", null, `${count} members, and what ties them`), members(slots, count));
+  parts.push(make("h3", null, `${counted(count, "member")}, and what ties them`), members(slots, count));
   return parts;
 }
 

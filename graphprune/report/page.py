@@ -13,6 +13,7 @@ from html import escape
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+from graphprune.errors import counted
 from graphprune.report import charts, text
 from graphprune.report.lanes import MOST, drawing
 from graphprune.report.markdown import facts
@@ -53,7 +54,8 @@ def document(report: Report) -> str:
 
 def fragment(report: Report) -> str:
     """Totals, what was done, and the widths of the first groups; no script, so that any notebook shows it."""
-    more = f'<p class="note">and {len(report.groups) - FIRST} more groups</p>' if len(report.groups) > FIRST else ""
+    left = len(report.groups) - FIRST
+    more = f'<p class="note">and {counted(left, "more group")}</p>' if left > 0 else ""
     return (
         f'<div class="graphprune fragment"><style>{_asset("page.css")}</style>{_header(report)}<main>'
         f"{charts.totals(report)}{_facts(report)}<details><summary>Widths</summary>"
@@ -115,7 +117,7 @@ def _coupling(report: Report) -> str:
     if not drawn:
         return ""
     left = len(report.stages) - MOST
-    more = f" {left} calls after these are not drawn." if left > 0 else ""
+    more = f" {counted(left, 'call')} after these {'is' if left == 1 else 'are'} not drawn." if left > 0 else ""
     return (
         '<p class="note">Each row is a call that mixes channels, in the order in which they run; each line is a group, '
         "as thick as it is wide, dark as far as it is kept. A call reads the lines that enter it and writes those that "

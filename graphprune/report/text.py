@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from graphprune.errors import counted
 from graphprune.recover import Quality
 from graphprune.report.records import Change, Layer
 
@@ -40,11 +41,11 @@ def summary(report: Report) -> str:
         lines.append(f"  grafted   {grafted(report)}")
     lines.append(f"  verified  {verified(report)}")
     lines.extend(_repaired(report))
-    lines.extend(f"  pinned    {n} axes: {reason}" for reason, n in causes(report).most_common(6))
+    lines.extend(f"  pinned    {counted(n, 'axis', 'axes')}: {reason}" for reason, n in causes(report).most_common(6))
     if report.unused:
         lines.append(f"  not read  {not_read(report)}")
     for u in report.unknown:
-        lines.append(f"  no rule   {u.op}, {len(u.nodes)} nodes, first at {u.nodes[0]}: {u.why}")
+        lines.append(f"  no rule   {u.op}, {counted(len(u.nodes), 'node')}, first at {u.nodes[0]}: {u.why}")
     return "\n".join(lines)
 
 
@@ -105,7 +106,9 @@ def timed(report: Report) -> str:
     besides = f"call by call, {amount('latency', t.besides)} besides"
     if not t.together:
         return besides
-    return f"{besides}; {t.together} calls, {t.share:.3f} of the time, only as all their sizes shrink at once"
+    whose = "its" if t.together == 1 else "their"
+    together = f"{counted(t.together, 'call')}, {t.share:.3f} of the time, only as all {whose} sizes shrink at once"
+    return f"{besides}; {together}"
 
 
 def grouped(report: Report) -> str:
@@ -119,10 +122,11 @@ def scored_apart(report: Report) -> list[str]:
     """Groups that another criterion scored, or none."""
     by = Counter(w.criterion for w in report.groups if w.criterion)
     first = {w.criterion: w.name for w in reversed(report.groups)}
-    lines = [f"{n} groups by {criterion} instead, such as {first[criterion]}" for criterion, n in by.items()]
+    lines = [f"{counted(n, 'group')} by {criterion} instead, such as {first[criterion]}" for criterion, n in by.items()]
     without = [w.name for w in report.groups if w.scores is None and not w.whole]
     if 0 < len(without) < len(report.groups):
-        lines.append(f"{len(without)} groups not at all, such as {without[0]}: they stay as they were")
+        stay = "it stays as it was" if len(without) == 1 else "they stay as they were"
+        lines.append(f"{counted(len(without), 'group')} not at all, such as {without[0]}: {stay}")
     return lines
 
 
@@ -130,7 +134,8 @@ def stuck(report: Report) -> list[str]:
     """Groups that are none any more, by cause, or none."""
     by = Counter(w.whole for w in report.groups if w.whole)
     first = {w.whole: w.name for w in reversed(report.groups)}
-    return [f"{n} groups are none any more, such as {first[why]}: {why}" for why, n in by.items()]
+    are = {why: f"{counted(n, 'group')} {'is' if n == 1 else 'are'} none any more" for why, n in by.items()}
+    return [f"{said}, such as {first[why]}: {why}" for why, said in are.items()]
 
 
 def emitted(report: Report) -> str:
@@ -154,7 +159,9 @@ def verified(report: Report) -> str:
     v = report.verification
     if v is None:
         return "no (verify=False)"
-    found = f"relative error {v.error:.1e} in {v.precision} on {v.inputs} inputs (tolerance {v.tolerance:.0e})"
+    found = (
+        f"relative error {v.error:.1e} in {v.precision} on {counted(v.inputs, 'input')} (tolerance {v.tolerance:.0e})"
+    )
     if v.effect <= v.tolerance:
         return f"{found}; the removed channels had no effect on these inputs, so this proves nothing"
     return f"{found}; zeroing itself moved the output by {v.effect:.1e}"
@@ -174,7 +181,7 @@ def _repaired(report: Report) -> list[str]:
         lines.append(f"    fitted          {fitted(report)}")
     if r.left:
         name, reason = next(iter(r.left.items()))
-        lines.append(f"    not repaired    {len(r.left)} layers, such as {name}: {reason}")
+        lines.append(f"    not repaired    {counted(len(r.left), 'layer')}, such as {name}: {reason}")
     return lines
 
 
@@ -183,7 +190,7 @@ def repaired(report: Report) -> str:
     r = report.repair
     if r is None:
         return "no"
-    how = f"{r.method}, on {r.samples} of {r.given} samples" if r.method != "none" else "no weights"
+    how = f"{r.method}, on {r.samples} of {counted(r.given, 'sample')}" if r.method != "none" else "no weights"
     if r.method != "none" and not r.kept:
         how += ", taken back since it did not help"
     return f"{how}; batch norm statistics {'taken anew' if r.batchnorm else 'as they were'}"
@@ -192,7 +199,7 @@ def repaired(report: Report) -> str:
 def fitted(report: Report) -> str:
     """How many layers were fitted, and how stiffly."""
     ridges = report.repair.ridges.values() if report.repair else ()
-    return f"{len(ridges)} layers, ridge {min(ridges):.0e} to {max(ridges):.0e} of the mean square"
+    return f"{counted(len(ridges), 'layer')}, ridge {min(ridges):.0e} to {max(ridges):.0e} of the mean square"
 
 
 def said(quality: Quality) -> str:
@@ -204,9 +211,10 @@ def said(quality: Quality) -> str:
 
 def not_read(report: Report) -> str:
     """What the traced forward does not read."""
+    which, keep = ("it", "it keeps its shape") if len(report.unused) == 1 else ("them", "they keep their shape")
     return (
-        f"{len(report.unused)} tensors, such as {report.unused[0]}: the eval-mode forward does not "
-        "read them, so they keep their shape; code that only training runs may not fit them any more"
+        f"{counted(len(report.unused), 'tensor')}, such as {report.unused[0]}: the eval-mode forward does not "
+        f"read {which}, so {keep}; code that only training runs may not fit {which} any more"
     )
 
 

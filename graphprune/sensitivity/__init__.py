@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from graphprune.calibrate import Batch, Criterion, Loss, read, require
 from graphprune.couple import couple
 from graphprune.coupling import Coupling, Group
-from graphprune.errors import CriterionError, InputError, UnknownName, nearest
+from graphprune.errors import CriterionError, InputError, UnknownName, counted, nearest
 from graphprune.files import made, write_whole
 from graphprune.importance import Importance, Magnitude, ordered
 from graphprune.interpret import Replay
@@ -54,7 +54,7 @@ def sensitivity(
 
     Args:
         model: any module; it is run in eval mode and left as it was.
-        given: its coupling, or example inputs to make one from.
+        given: its coupling, which with rules of your own is one made with them, or example inputs to make one from.
         batches, loss, sample_dim, progress: as for `calibrate`; the batches are gone through many times, so a generator
             will not do.
         fractions: of the channels that stay, each between 0 and 1.
@@ -218,8 +218,8 @@ class _Record:
             raise InputError(f"{self.path} cannot be read ({error!r}); delete it to scan anew") from error
         if not same:
             raise InputError(
-                f"{self.path} is of another model, loss or batches: {found['loss']:.6g} on {found['samples']} samples, "
-                f"here {loss:.6g} on {samples}; pass another directory"
+                f"{self.path} is of another model, loss or batches: {found['loss']:.6g} on "
+                f"{counted(found['samples'], 'sample')}, here {loss:.6g} on {samples}; pass another directory"
             )
 
     def get(self, keep: Mapping[str, Sequence[int]]) -> float | None:

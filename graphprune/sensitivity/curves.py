@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from graphprune.coupling import Coupling
-from graphprune.errors import CriterionError, InputError
+from graphprune.errors import CriterionError, InputError, counted
 from graphprune.importance import Importance, Magnitude, Order, Scores, ordered
 from graphprune.importance.fallback import Completed, scored_by
 
@@ -157,7 +157,10 @@ class Sensitivity:
 
     def __str__(self) -> str:
         wide = max([len(name) for name in self.curves] + [5])
-        lines = [f"loss {self.loss:.4g} on {self.samples} samples; increase at each width", f"{'group':<{wide}}   size"]
+        lines = [
+            f"loss {self.loss:.4g} on {counted(self.samples, 'sample')}; increase at each width",
+            f"{'group':<{wide}}   size",
+        ]
         for name, curve in self.worst_first():
             at = "  ".join(f"{w}: {i:+.4f}" for w, i in zip(curve.widths, curve.increases, strict=True))
             lines.append(f"{name:<{wide}}  {curve.size:>5}  {at}")

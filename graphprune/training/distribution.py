@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from graphprune.errors import counted
+
 NEAR = 1e-2
 """A channel is near zero below this fraction of what its group's median was at the start."""
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
@@ -47,4 +49,5 @@ class Distribution:
             cells = "  ".join(f"{figure:8.2e}" for figure in figures)
             lines.append(f"{name:<{wide}}  {len(sizes):>8}  {cells}  {self.near_zero(name):>9.2f}")
         total = sum(map(len, self.now.values()))
-        return "\n".join([*lines, f"after {self.step} steps {self.near_zero():.2f} of {total} channels are near zero"])
+        told = f"after {counted(self.step, 'step')} {self.near_zero():.2f} of {counted(total, 'channel')} are near zero"
+        return "\n".join([*lines, told])

@@ -17,7 +17,7 @@ from graphprune.allocate.problem import Unit, pose
 from graphprune.calibrate import Gradients
 from graphprune.cost import Cost, activations, macs, params
 from graphprune.couple import couple
-from graphprune.errors import CalibrationError, InputError
+from graphprune.errors import CalibrationError, InputError, counted
 from graphprune.importance import Removal, ordered
 from graphprune.plan import Plan
 from graphprune.pruning import Result, check_target, emit_verified, names_of, require_groups
@@ -214,8 +214,8 @@ class GroupFisher:
             tensor.copy_(moved)
         if not all(sums.count for sums in self.sums.values()):
             raise CalibrationError(
-                f"GroupFisher: no sample was heard in {self.every} steps; call the model itself, in train mode, and "
-                "its loss.backward(), before optimizer.step()"
+                f"GroupFisher: no sample was heard in {counted(self.every, 'step')}; call the model itself, in train "
+                "mode, and its loss.backward(), before optimizer.step()"
             )
         scores = {name: sums.second / 2 for name, sums in self.sums.items()}
         for name, kept in self.keep.items():
@@ -307,7 +307,8 @@ class GroupFisher:
         budgets = self.target.budgets
         left = ", ".join(f"{n} {s * budgets[n]:.3f} of {budgets[n]:g}" for n, s in zip(budgets, spent, strict=True))
         gone = sum(len(channels) for removed in self.removed for channels in removed.channels.values())
-        return f"after {self.step} steps {gone} channels are removed, {left}"
+        removed = f"{counted(gone, 'channel')} {'is' if gone == 1 else 'are'} removed"
+        return f"after {counted(self.step, 'step')} {removed}, {left}"
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside the model and its optimizer."""

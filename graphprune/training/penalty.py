@@ -10,7 +10,7 @@ import torch
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from graphprune.errors import InputError
+from graphprune.errors import InputError, counted
 from graphprune.report import History, Track
 from graphprune.training.distribution import NEAR, Distribution
 from graphprune.training.pieces import Channels, distinct
@@ -65,7 +65,7 @@ class Penalty(ABC):
         """
         if all(p.grad is None for p in self._parameters.values()):
             raise InputError(
-                f"{type(self).__name__}: none of {len(self._parameters)} parameters has a gradient, such as "
+                f"{type(self).__name__}: none of {counted(len(self._parameters), 'parameter')} has a gradient, such as "
                 f"{next(iter(self._parameters))}; call it after loss.backward() and before optimizer.step()"
             )
         if self._every and self.step % self._every == 0:

@@ -809,7 +809,7 @@ def test_batches_that_cannot_be_used_are_refused_with_the_cure(name):
 
 def test_batches_with_too_few_parts_are_refused():
     model, coupling = coupled(Biased(), torch.rand(2, 4, 3), torch.rand(4, 4))
-    with pytest.raises(gp.CalibrationError, match="batch 0 has 1 parts, but the model was traced with 2 inputs"):
+    with pytest.raises(gp.CalibrationError, match="batch 0 has 1 part, but the model was traced with 2 inputs"):
         gp.calibrate(model, coupling, [[torch.rand(2, 4, 3).double()]], statistics=["moments"])
 
 

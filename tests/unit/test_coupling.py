@@ -168,7 +168,7 @@ def test_ops_without_a_rule_pin_what_they_touch_and_are_listed():
         ("special_airy_ai", 1, "no rule"),
         ("special_bessel_j0", 1, "no rule"),
     ]
-    assert "no rule for special_airy_ai (1 nodes)" in str(coupling)
+    assert "no rule for special_airy_ai (1 node)" in str(coupling)
 
 
 def test_ops_without_a_rule_can_be_an_error_that_lists_them_all():

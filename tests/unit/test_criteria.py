@@ -353,7 +353,7 @@ def test_groups_without_a_scale_are_named_or_scored_by_another_criterion():
     other, coupling = coupled(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8, affine=False), nn.Conv2d(8, 5, 1)))
     with pytest.raises(
         gp.CriterionError,
-        match=r"no batch, .* norm has a scale over 1 of 1 groups: '0'; name a criterion for them, such as otherwise=",
+        match=r"no batch, .* norm has a scale over 1 of 1 group: '0'; name a criterion for them, such as otherwise=",
     ):
         Gamma()(other, coupling)
     both = nn.Sequential(other, nn.Conv2d(5, 7, 1), nn.BatchNorm2d(7), nn.Conv2d(7, 2, 1))
@@ -435,7 +435,7 @@ def test_a_group_without_filters_is_named_or_scored_by_another_criterion(criteri
     net, coupling = coupled(Written(lambda s, x: x * s.scale, scale=(8,)), torch.rand(2, 1))
     with pytest.raises(
         gp.CriterionError,
-        match=rf"{criterion.__name__}: no weight of two dims or more computes the channels of 1 of 1 groups: 'scale'",
+        match=rf"{criterion.__name__}: no weight of two dims or more computes the channels of 1 of 1 group: 'scale'",
     ):
         criterion(over="filters")(net, coupling)
     other = criterion(over="filters", otherwise=Random(1))(net, coupling)

@@ -460,8 +460,8 @@ def test_every_kind_of_network_is_repaired_by_least_squares(kind):
 def test_criteria_that_have_nothing_to_say_about_a_group_name_it_or_leave_it_to_another():
     model, coupling = coupled(nn.Sequential(nn.Linear(3, 8), nn.GELU(), nn.Linear(8, 5)), torch.rand(2, 3))
     for criterion, match in (
-        (Rank([rows(4)]), r"Rank: there are no feature maps in 1 of 1 groups: '0'; name a criterion"),
-        (APoZ([rows(4)]), r"APoZ: no activation is zero in 1 of 1 groups: '0'; name a criterion"),
+        (Rank([rows(4)]), r"Rank: there are no feature maps in 1 of 1 group: '0'; name a criterion"),
+        (APoZ([rows(4)]), r"APoZ: no activation is zero in 1 of 1 group: '0'; name a criterion"),
     ):
         with pytest.raises(gp.CriterionError, match=match):
             criterion(model, coupling)

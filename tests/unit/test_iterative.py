@@ -202,7 +202,7 @@ def test_what_is_no_group_any_more_stays_and_the_target_is_met():
         *[[why, "", ""]] * 2,
     ]
     for page in (str(result.report), result.report.to_markdown()):
-        assert f"1 groups are none any more, such as 0: {why}" in page
+        assert f"1 group is none any more, such as 0: {why}" in page
         assert "not at all" not in page
     assert why in result.report.to_html()
 

@@ -192,7 +192,7 @@ def test_an_op_that_only_writes_pins_what_it_writes_to(op, front_end):
     coupling = gp.couple(program)
     assert coupling.groups == ()
     assert [u.op for u in coupling.unknown] == [op]
-    with pytest.raises(gp.UnsupportedOp, match=rf"no rule for {op} \(1 nodes\)"):
+    with pytest.raises(gp.UnsupportedOp, match=rf"no rule for {op} \(1 node\)"):
         gp.couple(program, on_unknown="error")
 
 

@@ -82,7 +82,7 @@ def test_a_model_that_works_on_its_example_alone_is_said_to_be_compared_once():
     only = Net(lambda s, x: s.last(s.first(table[(x == 0.25).all().long()] + x).relu()))
     report = half(only, torch.full((1, 3), 0.25)).report
     assert report.verification.inputs == 1
-    assert "on 1 inputs" in str(report)
+    assert "on 1 input " in str(report)
 
 
 # -- graph modules say no where they do not hold -------------------------------------------------------------------

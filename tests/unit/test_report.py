@@ -231,7 +231,7 @@ def test_groups_that_otherwise_scored_are_named():
     gamma = gp.importance.Gamma(otherwise=gp.importance.Magnitude(p=1))
     report = gp.prune(net, X, target=gp.Target(channels=0.5), importance=gamma).report
     assert {w.name: w.criterion for w in report.groups} == {"stem": "", "inner": "Magnitude(p=1)"}
-    assert "  scored    1 groups by Magnitude(p=1) instead, such as inner" in str(report)
+    assert "  scored    1 group by Magnitude(p=1) instead, such as inner" in str(report)
     assert "otherwise=Magnitude(p=1)" in report.importance
 
 
@@ -257,7 +257,7 @@ def test_groups_without_scores_are_named():
 
     report = gp.prune(block(), X, target=gp.Target(channels=0.5), importance=some).report
     assert wide(report, "stem").scores is None
-    assert "  scored    1 groups not at all, such as stem: they stay as they were" in str(report)
+    assert "  scored    1 group not at all, such as stem: it stays as it was" in str(report)
     assert report.importance == "some"
 
 
@@ -535,6 +535,23 @@ def test_markdown_counts_what_it_does_not_list(result):
     assert "and 100 more" in page
     assert "`g199`" in page
     assert "`g200`" not in page
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [
+        (1, ("on 1 input (", "1 axis: it is so", "1 tensor, such as t0: the eval-mode forward does not read it, so it keeps its")),
+        (2, ("on 2 inputs (", "2 axes: it is so", "2 tensors, such as t0: the eval-mode forward does not read them, so they keep")),
+    ],
+)  # fmt: skip
+def test_what_is_one_is_told_of_as_one(result, count, words):
+    report = replace(
+        result.report,
+        verification=replace(result.report.verification, inputs=count),
+        pinned=(replace(result.report.pinned[0], reason="it is so"),) * count,
+        unused=tuple(f"t{i}" for i in range(count)),
+    )
+    assert all(said in str(report) for said in words)
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def test_calls_measured_only_as_all_their_sizes_shrink_are_counted():
     assert report.timing.together == 1
     middle = next(layer for layer in report.layers if layer.name == "2").costs["latency"].before
     assert report.timing.share == pytest.approx(middle / report.costs["latency"].before, rel=1e-3)
-    said = f"0.000 ms besides; 1 calls, {report.timing.share:.3f} of the time, only as all their sizes shrink at once"
+    said = f"0.000 ms besides; 1 call, {report.timing.share:.3f} of the time, only as all its sizes shrink at once"
     for page in (str(report), report.to_markdown(), report.to_html()):
         assert f"call by call, {said}" in page
 

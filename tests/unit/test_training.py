@@ -353,7 +353,7 @@ def test_without_a_record_a_history_has_the_start_and_now():
     net(data()[0]).sum().backward()
     lasso()
     assert lasso.history.steps == (0, 1)
-    assert str(lasso.history) == "with GroupLasso for 1 steps: 0.00 -> 0.00 of the channels near zero"
+    assert str(lasso.history) == "with GroupLasso for 1 step: 0.00 -> 0.00 of the channels near zero"
 
 
 # -- refused --------------------------------------------------------------------------------------------------------
