@@ -86,6 +86,7 @@ METHODS: Mapping[str, Method] = {
         lambda batches, seed: gp.importance.Reconstruction(batches, **_DATA), repair="least_squares"
     ),
     "Fisher": Method(_fisher, "greedy"),
+    "Fisher, distilled": Method(_fisher, "greedy", distils=True),
     "Fisher, repaired": Method(_fisher, "greedy", "least_squares"),
     "Fisher, repaired, distilled": Method(_fisher, "greedy", "least_squares", distils=True),
     "Collaborative": Method(lambda batches, seed: gp.importance.Collaborative(batches, _LOSS, **_DATA), "greedy"),
