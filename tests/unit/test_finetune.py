@@ -227,6 +227,7 @@ class Stops:
 @pytest.mark.parametrize(
     ("at", "every", "workers"), [(5, None, 0), (7, None, 0), (7, 2, 0), (13, 1, 0), (19, 3, 0), (13, 1, 2)]
 )
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker")  # on a machine of one core
 def test_a_run_that_was_stopped_ends_with_the_same_weights_bit_by_bit(tmp_path, at, every, workers):
     options = {"validation": points(), "lr": 0.05, "ema": 0.5, "every": every, **OPTIONS}
     seeded()
