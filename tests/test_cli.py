@@ -307,7 +307,9 @@ def test_interrupting_the_script_leaves_nothing_behind(net, tmp_path):
     slow = "\ndef slow():\n    import time\n    print('started', flush=True)\n    time.sleep(60)\n"
     Path(net).write_text(NET + slow)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", "from graphprune.cli import main; main()", "prune", f"{net}:slow", "--macs", "0.5"]
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a job in the background is deaf
+    code = f"{heard}; from graphprune.cli import main; main()"
+    command = [sys.executable, "-c", code, "prune", f"{net}:slow", "--macs", "0.5"]
     files = ["--out", str(tmp_path / "o"), "--report", str(tmp_path / "r.html")]
     process = subprocess.Popen([*command, *files], stdout=-1, stderr=-1, text=True, env=environment)
     assert process.stdout is not None
