@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import graphprune as gp
 from graphprune.cost import macs, params, widths
-from graphprune.importance.magnitude import PART
+from graphprune.importance.magnitude import PART, _powers, _vectors
 from tests.nets import Attention, CifarResNet, DenseBlock, UNet
 
 
@@ -207,3 +207,31 @@ def test_macs_of_a_transposed_convolution_are_counted_too():
     with FlopCounterMode(display=False) as counter:
         model(example)
     assert macs(gp.couple(gp.trace(model, example))).at({}) * 2 == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("p", [1, 2, 3.0])
+@pytest.mark.parametrize(
+    ("shape", "dims", "dtype"),
+    [
+        ((PART + 9, 1), [0], torch.float32),
+        ((3, PART + 9), [0, 1], torch.float16),
+        ((7, PART + 9), [1], torch.float32),
+        ((PART + 5, 3), [0, 1], torch.complex64),
+        ((300, 300, 3), [1, 2], torch.float64),
+    ],
+)
+def test_powers_of_weights_that_are_widened_in_parts(shape, dims, dtype, p):
+    weight = torch.randn(shape, dtype=dtype)
+    before = weight.clone()
+    whole = (weight.abs() if dtype.is_complex else weight).double().abs().pow(p)
+    for dim, found in zip(dims, _powers(weight, "weight", dims, p), strict=True):
+        want = whole.sum([k for k in range(weight.dim()) if k != dim])
+        assert torch.allclose(found, want, rtol=1e-13, atol=0)
+    assert torch.equal(weight, before)
+
+
+def test_powers_of_one_vector_leave_it_as_it_is():
+    bias = torch.randn(5, dtype=torch.float64)
+    before = bias.clone()
+    assert torch.equal(_vectors({"bias": bias}, 2)["bias"][0], before.square())
+    assert torch.equal(bias, before)
